@@ -1,0 +1,71 @@
+"""deltaw: low-rank changes ΔW = s·BA to frozen networks: train, switch, merge and share them.
+
+    board = deltaw.attach(model, deltaw.LoraConfig(r=8, target_modules="all-linear"), name="sql")
+
+The names below are the public face. Each is imported when it is first used, so that `import deltaw` itself loads
+neither torch nor transformers. `deltaw.train` is both a package and a call: see `deltaw/train/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltaw import errors as errors
+    from deltaw.core import Adapter as Adapter
+    from deltaw.core import LoraConfig as LoraConfig
+    from deltaw.merge import merge_files as merge_files
+    from deltaw.store import load as load
+    from deltaw.switch import Switchboard as Switchboard
+    from deltaw.switch.attach import attach as attach
+    from deltaw.switch.attach import board as board
+    from deltaw.switch.attach import detach as detach
+    from deltaw.train import TrainConfig as TrainConfig
+    from deltaw.train import train as train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "LoraConfig",
+    "Switchboard",
+    "TrainConfig",
+    "__version__",
+    "attach",
+    "board",
+    "detach",
+    "errors",
+    "load",
+    "merge_files",
+    "train",
+]
+
+_MODULE_ITSELF = ("errors", "train")
+_HOME = {
+    "Adapter": "deltaw.core",
+    "LoraConfig": "deltaw.core",
+    "Switchboard": "deltaw.switch",
+    "TrainConfig": "deltaw.train",
+    "attach": "deltaw.switch",
+    "board": "deltaw.switch",
+    "detach": "deltaw.switch",
+    "load": "deltaw.store",
+    "merge_files": "deltaw.merge",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The public object of this name, imported now and kept."""
+    if name in _MODULE_ITSELF:
+        return import_module(f"deltaw.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltaw' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted(set(globals()) | set(__all__))
