@@ -1,0 +1,23 @@
+"""The layers: what is put on a module of the base so that it adds its adapters' changes, one kind to a file."""
+
+from deltaw.core.layers.adapted import (
+    CHILD,
+    Adapted,
+    Rows,
+    adapted_parts,
+    floating,
+    parameter_owner,
+    replace_parameter,
+)
+from deltaw.core.layers.conv import AdaptedConv
+from deltaw.core.layers.embedding import AdaptedEmbedding
+from deltaw.core.layers.linear import AdaptedLinear
+from deltaw.core.layers.saved import SAVED_CHILD, AdaptedModule
+from deltaw.core.layers.slots import LowRank, Slot, TrainedBias
+from deltaw.core.layers.substituted import AdaptedAttention, AdaptedParameters
+
+__all__ = [
+    "CHILD", "SAVED_CHILD", "Adapted", "AdaptedAttention", "AdaptedConv", "AdaptedEmbedding", "AdaptedLinear",
+    "AdaptedModule", "AdaptedParameters", "LowRank", "Rows", "Slot", "TrainedBias", "adapted_parts", "floating",
+    "parameter_owner", "replace_parameter",
+]

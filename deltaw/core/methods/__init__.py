@@ -1,0 +1,1 @@
+"""What a low-rank change computes: one method, one paper, one file."""
