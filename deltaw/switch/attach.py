@@ -1,0 +1,67 @@
+"""`attach` and `detach`: put a switchboard on a model and take it off again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deltaw.core import Adapter, LoraConfig
+from deltaw.errors import Fault, StateError
+from deltaw.inject import strip
+from deltaw.switch import pretrained
+from deltaw.switch.board import Switchboard
+from deltaw.switch.pretrained import BOARD
+
+
+def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default", *, seed: int | None = None,
+           trainable: bool | None = None, dtype: torch.dtype | None = torch.float32,
+           compute_dtype: torch.dtype | None = None, any_base: bool = False, partial: bool = False) -> Switchboard:
+    """Freeze `model`, put a low-rank adapter on it in place, turn it on, and return the model's switchboard.
+
+    The model keeps its class, its modules and its parameters' names. New factors are stored in `dtype` (float32, which
+    training needs) and multiplied in the activation's dtype, or in `compute_dtype` where given. The other options are
+    those of `Switchboard.add`.
+
+    >>> board = attach(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> board.parameters("default")["0.lora_A"].shape
+    torch.Size([2, 4])
+
+    Raises StateError if a board is attached already, and what `add` raises; the model is then as before.
+    """
+    if isinstance(getattr(model, BOARD, None), Switchboard):
+        raise StateError(Fault("attach()", "this model has a switchboard already", "a model without one",
+                               "Use deltaw.board(model).add(name, ...)"))
+    board = Switchboard(model, compute_dtype=compute_dtype)
+    board.add(name, adapter, seed=seed, trainable=trainable, dtype=dtype, any_base=any_base, partial=partial)
+    board.freeze_base()
+    board.use(name)
+    # Past nn.Module's own registration: the board is no part of the network.
+    object.__setattr__(model, BOARD, board)
+    pretrained.install(model, board)
+    return board
+
+
+def board(model: nn.Module) -> Switchboard:
+    """The switchboard of a model that was attached to."""
+    found = getattr(model, BOARD, None)
+    if not isinstance(found, Switchboard):
+        raise StateError(Fault("board()", f"this {type(model).__name__} has no switchboard", "an attached model",
+                               "Call deltaw.attach(model, config) first"))
+    return found
+
+
+def detach(model: nn.Module, *, merge: str | None = None) -> nn.Module:
+    """Take everything off again and return the model: same modules, same bits, same `requires_grad` as before `attach`.
+
+    With `merge`, that adapter's change stays in the weights for good, in the base's dtype; the base's own are dropped.
+    """
+    held = board(model)
+    if merge is not None:
+        held.keep_merged(merge)
+    elif held.merged_mix:
+        held.unmerge()
+    strip(model)
+    pretrained.uninstall(model)
+    held.thaw_base()
+    object.__delattr__(model, BOARD)
+    return model

@@ -1,0 +1,290 @@
+"""`Switchboard`: the one owner of what is attached to a model, what is on, and what is merged.
+
+    board = deltaw.attach(model, deltaw.LoraConfig(r=8), name="sql")
+    board.add("poet", deltaw.load("adapters/poet"))
+    board.use("poet")                                  # one assignment, whatever the model's size
+    with board.route(["sql", None, "poet"]): ...       # each row its own
+    with board.merged("sql"): ...                      # W = W₀ + BA, undone to the bit
+
+State changes only in these calls, never in `train()`, `eval()`, `forward()` or `state_dict()`. Adding, loading or
+removing an adapter never changes another one's output, trainability or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw import bases
+from deltaw.core import Adapter, LoraConfig
+from deltaw.core.state import Route, SwitchState
+from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
+from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
+from deltaw.switch import merging, values
+
+
+class Switchboard:
+    """Made by `deltaw.attach`; see the module's text for what it does."""
+
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+        self.model = model
+        self.site_map: SiteMap = find_sites(model)
+        self._state = SwitchState(compute_dtype=compute_dtype)
+        self._hosts = Hosts(model, self._state)
+        self._configs: dict[str, LoraConfig] = {}
+        self._targets: dict[str, list[Target]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._merged: merging.Merged | None = None
+        self._fingerprint: bases.Fingerprint | None = None
+        self._trained_before: list[torch.Tensor] = []
+
+    # -- which adapters there are ------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the attached adapters, in the order they came."""
+        return tuple(self._configs)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """What is on and unmerged, with weights; empty means the base (or only what is merged)."""
+        return dict(self._state.mix)
+
+    @property
+    def merged_mix(self) -> dict[str, float]:
+        """What is merged into the weights."""
+        return dict(self._merged.mix) if self._merged else {}
+
+    def add(self, name: str, adapter: LoraConfig | Adapter, *, seed: int | None = None, trainable: bool | None = None,
+            dtype: torch.dtype | None = torch.float32, any_base: bool = False, partial: bool = False) -> list[Target]:
+        """Attach another adapter, without switching to it; returns what it changes.
+
+        A `LoraConfig` makes new factors (trainable; `seed` for a generator of their own, else torch's default one). An
+        `Adapter` brings its tensors (frozen unless `trainable`). `dtype` is that of the stored factors, None keeps an
+        adapter's own; products are computed in the activation's dtype. `any_base` skips the check that an adapter was
+        made for this base, `partial` allows sites of its config to be missing.
+
+        Raises TargetError, BaseMismatchError, StateError (the name is taken); nothing is attached then.
+        """
+        self._check_new_name(name)
+        config = adapter if isinstance(adapter, LoraConfig) else adapter.config
+        with torch.inference_mode(False):
+            if isinstance(adapter, LoraConfig):
+                targets = resolve(config, self.model, self.site_map)
+                generator = None if seed is None else torch.Generator().manual_seed(seed)
+                placed = values.fresh(config, targets, self._hosts, dtype=dtype or torch.float32, generator=generator)
+            else:
+                self._check_base(adapter, any_base)
+                targets = values.targets_of(adapter, self.model, self.site_map)
+                placed = values.from_value(adapter, targets, self.site_map, self._hosts, dtype=dtype,
+                                           trainable=bool(trainable), partial=partial)
+        for step in placed:
+            if step.module is not None:
+                self._hosts.keep(step.site, name, step.module)
+            elif step.slot is not None:
+                self._hosts.put(step.site, name, step.slot)
+        self._configs[name], self._targets[name] = config, targets
+        self._facts[name] = {} if isinstance(adapter, LoraConfig) else dict(adapter.facts)
+        if trainable is not None:
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(trainable)
+        return targets
+
+    def remove(self, name: str) -> None:
+        """Take an adapter away; one that is merged must be unmerged first."""
+        self._check_known(name)
+        if self._merged is not None and name in self._merged.mix:
+            raise StateError(Fault(f"remove('{name}')", "it is merged", "an unmerged adapter", "Call unmerge() first"))
+        if self._state.route is not None and name in self._state.route.names:
+            raise StateError(Fault(f"remove('{name}')", "rows are routed to it", "an adapter that is not routed",
+                                   "Leave the route() block first"))
+        self._hosts.drop(name)
+        for record in (self._configs, self._targets, self._facts):
+            del record[name]
+        self._state.mix = {n: w for n, w in self._state.mix.items() if n != name}
+        if self._merged is not None:
+            self._merged.before.pop(name, None)
+
+    # -- which are on ------------------------------------------------------------------------------------------------
+
+    def use(self, choice: str | Mapping[str, float] | None) -> None:
+        """Turn on one adapter, a weighted mix (ΔW = Σ w·ΔWᵢ), or none. Takes the same time for any model."""
+        self._check_unmerged("use")
+        mix = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else \
+            {name: float(weight) for name, weight in choice.items()}
+        for name in mix:
+            self._check_known(name)
+        self._state.mix = mix
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base alone, for the length of the block."""
+        self._check_unmerged("off")
+        before = self._state.mix, self._state.route
+        self._state.mix, self._state.route = {}, None
+        try:
+            yield
+        finally:
+            self._state.mix, self._state.route = before
+
+    @contextmanager
+    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+        """One adapter (or None, the base) for each row of the batch, in training and inference.
+
+        A tensor whose first dimension is a multiple of the number of names has its rows repeated in place (beams, or
+        tokens flattened row by row).
+        """
+        self._check_unmerged("route")
+        if isinstance(names, str) or not names:
+            raise StateError(Fault("route()", f"got {names!r}", "one name or None for each row of the batch"))
+        for name in {n for n in names if n is not None}:
+            self._check_known(name)
+        before = self._state.route
+        self._state.route = Route(tuple(names))
+        try:
+            yield
+        finally:
+            self._state.route = before
+
+    # -- what is in the weights --------------------------------------------------------------------------------------
+
+    def merge(self, name: str | None = None) -> None:
+        """Put ΔW into the base's weights: of everything that is on, or of one adapter.
+
+        One of several that are on keeps its weight in the mix, and the others stay on unmerged: the output does not
+        change. One that is not on is switched to first. The base's own tensors are kept for `unmerge`.
+        """
+        self._check_unmerged("merge")
+        if self._state.route is not None:
+            raise StateError(Fault("merge()", "rows are routed to adapters", "a model that is not routed",
+                                   "Leave the route() block first"))
+        before = dict(self._state.mix)
+        if name is None:
+            mix = before
+        else:
+            self._check_known(name)
+            mix = {name: before.get(name, 1.0)}
+        if not mix:
+            raise StateError(Fault("merge()", "nothing is on", "an adapter in use", "Name one, or call use() first"))
+        rest = {n: w for n, w in before.items() if n not in mix} if name is None or name in before else {}
+        swaps = merging.plan_merge(self._hosts, mix, rest)
+        self._merged = merging.Merged(mix, before)
+        merging.apply_merge(self._hosts, swaps, self._merged)
+        self._state.mix = rest
+
+    def unmerge(self) -> None:
+        """Give the base its own tensors back, to the bit, and turn on what was on before `merge`."""
+        if self._merged is None:
+            raise StateError(Fault("unmerge()", "nothing is merged", "a merged adapter", "Call merge() first"))
+        merging.undo_merge(self._merged)
+        self._state.mix, self._merged = self._merged.before, None
+
+    @contextmanager
+    def merged(self, name: str | None = None) -> Iterator[None]:
+        """`merge` for the length of the block, then `unmerge`."""
+        self.merge(name)
+        try:
+            yield
+        finally:
+            self.unmerge()
+
+    def keep_merged(self, name: str) -> None:
+        """Merge one adapter for good, with no undo. Tied weights that now differ are untied in the model's config."""
+        if self._merged is not None:
+            self.unmerge()
+        self.merge(name)
+        assert self._merged is not None
+        merging.untie_config(self.model, self._merged)
+        self._merged, self._state.mix = None, {}
+
+    # -- the base ----------------------------------------------------------------------------------------------------
+
+    def freeze_base(self) -> None:
+        """Stop gradients to all of the base's parameters, remembering which had them."""
+        self._trained_before = [p for _, p in self._base_parameters() if p.requires_grad]
+        for parameter in self._trained_before:
+            parameter.requires_grad_(False)
+
+    def thaw_base(self) -> None:
+        """Let the base's parameters have gradients again where they had them before `freeze_base`."""
+        for parameter in self._trained_before:
+            parameter.requires_grad_(True)
+
+    # -- their tensors -----------------------------------------------------------------------------------------------
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The live parameters of an adapter, by site and tensor ("layers.0.q_proj.lora_A"); for an optimizer."""
+        self._check_known(name)
+        places = {(t.site.host, t.site.parameter): t.site for t in self._targets[name]}
+        found: dict[str, nn.Parameter] = {}
+        for host, path, slot in self._hosts.slots(name):
+            site = places[host, path]
+            for tensor, parameter in slot.named_parameters():
+                found[site.name if site.kind == "bias" else f"{site.name}.{tensor}"] = parameter
+        for host, module in self._hosts.copies(name):
+            found |= {f"{host}.{tensor}": parameter for tensor, parameter in module.named_parameters()}
+        return found
+
+    def adapter(self, name: str) -> Adapter:
+        """A snapshot of an adapter as a value, with copies of its tensors and the base's fingerprint."""
+        self._check_known(name)
+        facts = {**self._facts[name], "base": self.fingerprint().to_dict()}
+        sites = {t.site.name: t.site for t in self._targets[name]}
+        return values.read_back(name, self._hosts, sites, self._configs[name], facts)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Record facts that travel with an adapter, such as how it was trained."""
+        self._check_known(name)
+        self._facts[name].update(facts)
+
+    def table(self, name: str) -> list[Target]:
+        """What an adapter changes: one entry for each site, with its kind, shape, rank and count."""
+        self._check_known(name)
+        return list(self._targets[name])
+
+    def fingerprint(self) -> bases.Fingerprint:
+        """What identifies the base's weights, merged or not; computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = bases.fingerprint(self._base_parameters())
+        return self._fingerprint
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _base_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        aside = {(owner, leaf): tensor for owner, leaf, tensor in self._merged.originals} if self._merged else {}
+        seen: set[int] = set()
+        for name, module in self.site_map.modules.items():
+            for leaf, now in module._parameters.items():
+                parameter = aside.get((module, leaf), now)
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield (f"{name}.{leaf}" if name else leaf), parameter
+
+    def _check_base(self, adapter: Adapter, any_base: bool) -> None:
+        recorded = adapter.facts.get("base")
+        if any_base or not recorded:
+            return
+        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint())
+        if fault is not None:
+            raise BaseMismatchError(fault)
+
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(Fault("adapter name", f"got {name!r}", "a non-empty string"))
+        if name in self._configs:
+            raise StateError(Fault(f"adapter '{name}'", "is attached already", "a new name",
+                                   "Choose another name, or remove() it first"))
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._configs:
+            raise StateError(Fault(f"adapter '{name}'", "is not attached",
+                                   "one of " + (", ".join(self.names) or "none"), near(str(name), self.names)))
+
+    def _check_unmerged(self, call: str) -> None:
+        if self._merged is not None:
+            raise StateError(Fault(f"{call}()", f"{', '.join(self._merged.mix)} is merged into the weights",
+                                   "an unmerged model", "Call unmerge() first"))
