@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from deltaw import bases
-from deltaw.core import Adapter, LoraConfig
+from deltaw.core import Adapter, LoraConfig, SiteDelta
+from deltaw.core.layers import floating
 from deltaw.core.state import Route, SwitchState
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
 from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
@@ -39,7 +41,7 @@ class Switchboard:
         self._targets: dict[str, list[Target]] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._merged: merging.Merged | None = None
-        self._fingerprint: bases.Fingerprint | None = None
+        self._fingerprints: dict[tuple[str, ...], bases.Fingerprint] = {}
         self._trained_before: list[torch.Tensor] = []
 
     # -- which adapters there are ------------------------------------------------------------------------------------
@@ -232,9 +234,11 @@ class Switchboard:
     def adapter(self, name: str) -> Adapter:
         """A snapshot of an adapter as a value, with copies of its tensors and the base's fingerprint."""
         self._check_known(name)
-        facts = {**self._facts[name], "base": self.fingerprint().to_dict()}
         sites = {t.site.name: t.site for t in self._targets[name]}
-        return values.read_back(name, self._hosts, sites, self._configs[name], facts)
+        value = values.read_back(name, self._hosts, sites, self._configs[name], self._facts[name])
+        # A head that is trained in full comes with the adapter, and the base's own is often drawn anew at each load.
+        base = self.fingerprint(without=_saved(value.sites))
+        return replace(value, facts={**value.facts, "base": base.to_dict()})
 
     def note(self, name: str, **facts: Any) -> None:
         """Record facts that travel with an adapter, such as how it was trained."""
@@ -246,11 +250,13 @@ class Switchboard:
         self._check_known(name)
         return list(self._targets[name])
 
-    def fingerprint(self) -> bases.Fingerprint:
-        """What identifies the base's weights, merged or not; computed once."""
-        if self._fingerprint is None:
-            self._fingerprint = bases.fingerprint(self._base_parameters())
-        return self._fingerprint
+    def fingerprint(self, *, without: tuple[str, ...] = ()) -> bases.Fingerprint:
+        """What identifies the base's weights, merged or not; computed once. `without` names modules to leave out."""
+        if without not in self._fingerprints:
+            inside = tuple(f"{name}." for name in without)
+            kept = ((n, p) for n, p in self._base_parameters() if not n.startswith(inside))
+            self._fingerprints[without] = bases.fingerprint(kept)
+        return self._fingerprints[without]
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -268,7 +274,9 @@ class Switchboard:
         recorded = adapter.facts.get("base")
         if any_base or not recorded:
             return
-        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint())
+        packed = any(not floating(p) for _, p in self._base_parameters())
+        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint(without=_saved(adapter.sites)),
+                              quantized=packed)
         if fault is not None:
             raise BaseMismatchError(fault)
 
@@ -288,3 +296,8 @@ class Switchboard:
         if self._merged is not None:
             raise StateError(Fault(f"{call}()", f"{', '.join(self._merged.mix)} is merged into the weights",
                                    "an unmerged model", "Call unmerge() first"))
+
+
+def _saved(sites: Mapping[str, SiteDelta]) -> tuple[str, ...]:
+    """The modules that an adapter brings in full."""
+    return tuple(sorted(name for name, site in sites.items() if site.geometry.kind == "saved"))

@@ -79,15 +79,21 @@ def targets_of(adapter: Adapter, model: nn.Module, sites: SiteMap) -> list[Targe
     found = {t.site.name: t for t in resolve(config, model, sites, made_before=True)}
     targets = []
     for name, target in found.items():
-        delta = adapter.sites.get(name)
-        rank = delta.rank if delta is not None and delta.is_low_rank else target.rank
+        rank = _rank(adapter.sites.get(name))
         targets.append(target if rank in (0, target.rank) else
                        Target(target.site, rank, target.alpha, config.scaling(rank, name)))
     known: dict[str, Site] = {**sites.weights, **sites.parameters}
     for name, delta in adapter.sites.items():
-        if name not in found and name in known and delta.is_low_rank:
-            targets.append(Target(known[name], delta.rank, config.alpha_at(name), config.scaling(delta.rank, name)))
+        if name not in found and name in known and (rank := _rank(delta)):
+            targets.append(Target(known[name], rank, config.alpha_at(name), config.scaling(rank, name)))
     return targets
+
+
+def _rank(delta: SiteDelta | None) -> int:
+    """The rank of a pair of factors, or 0 for what is none (and is refused later, where it should be one)."""
+    if delta is None or not delta.is_low_rank or delta.tensors.keys() != {"lora_A", "lora_B"}:
+        return 0
+    return delta.rank if min(delta.A.dim(), delta.B.dim()) >= 2 else 0
 
 
 def _placed(adapter: Adapter, site: Site, delta: SiteDelta, hosts: Hosts, dtype: torch.dtype | None,

@@ -57,6 +57,7 @@ class Adapted(nn.Module):
     def put(self, parameter: str, adapter: str, slot: Slot) -> None:
         """Hold a slot for one adapter at one parameter of the host."""
         self.parts.setdefault(parameter, {})[adapter] = slot
+        slot.training = self.training
         self.add_module(_key(parameter, adapter), slot)
         if isinstance(slot, TrainedBias):
             self.biases[adapter] = slot
