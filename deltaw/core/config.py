@@ -6,6 +6,7 @@ and the reference pages show. Which modules of a real model it touches is worked
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -109,7 +110,11 @@ class LoraConfig:
 
 def matches_suffix(pattern: str, name: str) -> bool:
     """Whether `pattern`, a regular expression, matches all of `name` or what follows one of its dots."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(_at_end(pattern), name) is not None
+
+
+def _at_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _by_pattern(patterns: Mapping[str, float], site: str, default: float) -> float:
@@ -145,7 +150,7 @@ def _faults(config: LoraConfig) -> list[Fault]:
               "To leave a module alone, use exclude_modules")
     for name, alpha in ({"lora_alpha": config.lora_alpha} | {f"alpha_pattern[{k!r}]": v
                         for k, v in config.alpha_pattern.items()}).items():
-        check(isinstance(alpha, (int, float)) and alpha > 0, name, alpha, "a number above 0")
+        check(isinstance(alpha, (int, float)) and 0 < alpha < math.inf, name, alpha, "a finite number above 0")
     check(isinstance(config.lora_dropout, (int, float)) and 0 <= config.lora_dropout < 1, "lora_dropout",
           config.lora_dropout, "0 <= p < 1")
     check(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
@@ -164,7 +169,7 @@ def _faults(config: LoraConfig) -> list[Fault]:
 
 def _regex_fault(where: str, pattern: str) -> list[Fault]:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(_at_end(pattern))
+    except (re.error, OverflowError) as error:
         return [Fault(where, f"got {pattern!r}", "a regular expression", f"It does not parse: {error}")]
     return []

@@ -2,6 +2,6 @@
 
 from deltaw.inject.place import Hosts, strip
 from deltaw.inject.sites import Site, SiteMap, find_sites
-from deltaw.inject.targets import Target, resolve
+from deltaw.inject.targets import Target, resolve, saved_site
 
-__all__ = ["Hosts", "Site", "SiteMap", "Target", "find_sites", "resolve", "strip"]
+__all__ = ["Hosts", "Site", "SiteMap", "Target", "find_sites", "resolve", "saved_site", "strip"]

@@ -69,7 +69,7 @@ def resolve(config: LoraConfig, model: nn.Module, sites: SiteMap, *, made_before
         raise TargetError(*faults)
     targets = [_target(config, site) for site in chosen.values()]
     _warn_of_high_ranks(targets)
-    plain = [_bias_sites(config, chosen, sites), (_saved_site(name, sites.modules[name]) for name in saved)]
+    plain = [_bias_sites(config, chosen, sites), (saved_site(name, sites.modules[name]) for name in saved)]
     return targets + [Target(site, 0, 0.0, 1.0) for group in plain for site in group]
 
 
@@ -175,6 +175,7 @@ def _bias_sites(config: LoraConfig, chosen: Mapping[str, Site], sites: SiteMap) 
                            Geometry(kind="bias", shape=tuple(parameter.shape)))
 
 
-def _saved_site(name: str, module: nn.Module) -> Site:
+def saved_site(name: str, module: nn.Module) -> Site:
+    """A module trained in full, as a site."""
     size = sum(p.numel() for p in module.parameters())
     return Site(name, name, "", Geometry(kind="saved", shape=(size,)))

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw import bases
+from deltaw import bases, store
 from deltaw.core import Adapter, LoraConfig, SiteDelta
 from deltaw.core.layers import floating
 from deltaw.core.state import Route, SwitchState
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
 from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
 from deltaw.switch import merging, values
+from deltaw.switch.describe import describe
 
 
 class Switchboard:
@@ -80,6 +81,7 @@ class Switchboard:
                 generator = None if seed is None else torch.Generator().manual_seed(seed)
                 placed = values.fresh(config, targets, self._hosts, dtype=dtype or torch.float32, generator=generator)
             else:
+                adapter = store.settle_parameters(adapter, self._parameter_names)
                 self._check_base(adapter, any_base)
                 targets = values.targets_of(adapter, self.model, self.site_map)
                 placed = values.from_value(adapter, targets, self.site_map, self._hosts, dtype=dtype,
@@ -250,6 +252,10 @@ class Switchboard:
         self._check_known(name)
         return list(self._targets[name])
 
+    def __str__(self) -> str:
+        """The table of everything attached."""
+        return describe(self._targets, self._state.mix)
+
     def fingerprint(self, *, without: tuple[str, ...] = ()) -> bases.Fingerprint:
         """What identifies the base's weights, merged or not; computed once. `without` names modules to leave out."""
         if without not in self._fingerprints:
@@ -269,6 +275,10 @@ class Switchboard:
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield (f"{name}.{leaf}" if name else leaf), parameter
+
+    def _parameter_names(self, module: str) -> list[str]:
+        found = self.site_map.modules.get(module)
+        return [] if found is None else list(found._parameters)
 
     def _check_base(self, adapter: Adapter, any_base: bool) -> None:
         recorded = adapter.facts.get("base")

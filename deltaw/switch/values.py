@@ -13,7 +13,7 @@ from deltaw.core import Adapter, Geometry, LoraConfig, SiteDelta
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating
 from deltaw.core.methods import lora
 from deltaw.errors import BaseMismatchError, Fault, near
-from deltaw.inject import Hosts, Site, SiteMap, Target, resolve
+from deltaw.inject import Hosts, Site, SiteMap, Target, resolve, saved_site
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,9 @@ def targets_of(adapter: Adapter, model: nn.Module, sites: SiteMap) -> list[Targe
                        Target(target.site, rank, target.alpha, config.scaling(rank, name)))
     known: dict[str, Site] = {**sites.weights, **sites.parameters}
     for name, delta in adapter.sites.items():
-        if name not in found and name in known and (rank := _rank(delta)):
+        if name not in found and delta.geometry.kind == "saved" and name in sites.modules:
+            targets.append(Target(saved_site(name, sites.modules[name]), 0, 0.0, 1.0))  # PEFT matches ends of names
+        elif name not in found and name in known and (rank := _rank(delta)):
             targets.append(Target(known[name], rank, config.alpha_at(name), config.scaling(rank, name)))
     return targets
 

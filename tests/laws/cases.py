@@ -30,6 +30,8 @@ class Case:
     row_dim: int = 0
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     routable: bool = True
+    beams: bool = True
+    """Whether one name of a route may stand for several rows."""
 
     def lora(self, **changes: Any) -> LoraConfig:
         return LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": True, **self.config, **changes})
@@ -90,6 +92,8 @@ CASES = [
          {"target_modules": ["0", "1"]}, ((3,),), ids=True),
     Case("embedding_scaled", _chain(lambda: net.ScaledEmbedding(11, 6, 3.5)), {"target_modules": ["0"]}, ((3,),),
          ids=True),
+    Case("embedding_of_positions", net.Positions, {"target_modules": ["positions", "embed"]}, ((3,),), ids=True,
+         beams=False),
     _conv("conv1d", nn.Conv1d, (4, 9), 4, 6, 3),
     _conv("conv1d_circular", nn.Conv1d, (4, 9), 4, 6, 3, padding=2, padding_mode="circular"),
     _conv("conv2d", nn.Conv2d, (3, 7, 6), 3, 5, 3, stride=2, padding=1, dilation=2),
@@ -109,6 +113,8 @@ CASES = [
     Case("parameter", lambda: nn.Sequential(net.Matrix(6, 5), nn.Linear(5, 4)),
          {**_PARAMETERS, "target_parameters": ["matrix"], "bias": "all"}, ((6,),)),
     Case("parameter_of_root", lambda: net.Matrix(6, 5), {**_PARAMETERS, "target_parameters": ["matrix"]}, ((3, 6),)),
+    Case("parameter_around", net.MatrixAround, {"target_modules": ["inside"], "target_parameters": ["matrix"]},
+         ((3, 6),)),
     Case("parameter_list", net.ListOfMatrices, {**_PARAMETERS, "target_parameters": ["matrices.0", "1"]}, ((3, 6),)),
     Case("recurrent", net.Recurrent, {**_PARAMETERS, "target_parameters": ["weight_ih_l0", "weight_hh_l0"]}, ((4, 5),),
          dtypes=(torch.float32, torch.bfloat16), routable=False),
@@ -126,7 +132,8 @@ CASES = [
     Case("bias_of_attention", lambda: net.SelfAttention(8, 2, batch_first=True), {"bias": "all"}, ((5, 8),)),
     Case("saved_head", net.Normed, {"target_modules": ["linear"], "modules_to_save": ["head"]}, ((4, 5),)),
     Case("saved_tied", net.Tied, {"target_modules": ["body"], "modules_to_save": ["head"]}, ((3,),), ids=True),
-    Case("gpt2", net.gpt2, {"target_modules": ["c_attn", "c_proj", "wte", "lm_head"], "bias": "all"}, ((5,),), ids=True),
+    Case("gpt2", net.gpt2, {"target_modules": ["c_attn", "c_proj", "wte", "lm_head"], "bias": "all"}, ((5,),),
+         ids=True),
     Case("llama", net.llama, {"target_modules": "all-linear"}, ((5,),), ids=True),
 ]
 BY_NAME = {case.name: case for case in CASES}

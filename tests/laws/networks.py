@@ -42,6 +42,17 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
 
 
+class Positions(nn.Module):
+    """Ids, and positions of shape (1, T) that all rows share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(11, 6), nn.Embedding(5, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.embed(ids) + self.positions(torch.arange(ids.shape[1]).unsqueeze(0)))
+
+
 class Matrix(nn.Module):
     """A bare 2-D parameter and a bias that is not added last."""
 
@@ -52,6 +63,17 @@ class Matrix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x @ self.matrix.t() + self.q_bias)
+
+
+class MatrixAround(nn.Module):
+    """A bare parameter of a module that also runs a linear layer, so that one change stands inside another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.matrix = nn.Linear(6, 5), nn.Parameter(torch.randn(4, 5) / 5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inside(x)) @ self.matrix.t()
 
 
 class ListOfMatrices(nn.Module):

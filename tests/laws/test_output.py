@@ -98,6 +98,8 @@ def test_routed_rows_are_separate_runs(case: Case) -> None:
     fill(board, "a", seed=3)
     fill(board, "b", seed=4)
     for names in (["a", None, "b", "a"], ["b"] * ROWS, [None] * ROWS, ["b", "a", "b", "b"], ["a", "b"]):
+        if len(names) < ROWS and not case.beams:
+            continue
         repeats = ROWS // len(names)  # fewer names than rows: each stands for consecutive rows
         outputs = {}
         for grad in (True, False):

@@ -73,7 +73,8 @@ def test_many_trained_in_one_batch_are_each_trained_alone(case: Case) -> None:
             assert parameter.grad is not None, key
             assert got is not None, key
             scale = parameter.grad.abs().max()
-            assert float((got - parameter.grad).abs().max()) <= 10 * NORMAL[torch.float32] * max(float(scale), 1e-2), key
+            allowed = 10 * NORMAL[torch.float32] * max(float(scale), 1e-2)
+            assert float((got - parameter.grad).abs().max()) <= allowed, key
         model.zero_grad()
 
 
@@ -90,7 +91,8 @@ def test_another_adapter_coming_and_going_changes_nothing(case: Case) -> None:
 
     def facts() -> dict[str, object]:
         return {key: (id(p), p.requires_grad, p.tolist(), None if p.grad is None else p.grad.tolist(),
-                      {k: v.tolist() for k, v in optimizer.state[p].items()}) for key, p in board.parameters("a").items()}
+                      {k: v.tolist() for k, v in optimizer.state[p].items()})
+                for key, p in board.parameters("a").items()}
 
     before = facts()
     value = board.adapter("a")

@@ -7,10 +7,17 @@ from torch import Tensor, nn
 
 from deltaw.core.layers.adapted import Adapted
 from deltaw.core.layers.slots import LowRank
+from deltaw.core.state import Route
 
 
 class AdaptedEmbedding(Adapted):
     """y = W₀[ids] + s·(Aᵀ[ids]) Bᵀ, times the host's own scale of embeddings where it has one (Gemma)."""
+
+    def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
+        """Each row's own change; ids that all rows share, such as positions of shape (1, T), give each row its own y."""
+        if x.dim() > 1 and x.shape[0] == 1:
+            y, x = (t.expand(len(route.names), *t.shape[1:]) for t in (y, x))
+        return super().add_by_row(y, x, route)
 
     def add_low_rank(self, y: Tensor, x: Tensor, slot: LowRank, weight: float) -> Tensor:
         """The change of the looked-up rows; dropout has nothing to act on, for the input is a choice of rows."""

@@ -1,0 +1,80 @@
+"""Paired timing: ours and the rival take turns in one run, and the last line printed is one JSON object.
+
+A machine's speed drifts, so times are compared by ratio only: the two sides alternate A B A B, and each reports its median.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured comparison; `equal` says whether both sides computed the same."""
+
+    case: str
+    unit: str
+    ours: float
+    rival: float
+    rival_name: str
+    target: float
+    better: str = "lower"
+    limit: float | None = None
+    equal: bool = True
+
+    @property
+    def ratio(self) -> float:
+        """ours / rival."""
+        return self.ours / self.rival if self.rival else float("nan")
+
+    @property
+    def met(self) -> bool:
+        """Whether the ratio reaches the target."""
+        return (self.ratio <= self.target if self.better == "lower" else self.ratio >= self.target) and self.equal
+
+
+def alternate(ours: Callable[[], object], rival: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median seconds of each side over `repeats` turns, after one warm-up of each."""
+    ours(), rival()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for side, run in zip(times, (ours, rival), strict=True):
+            start = time.perf_counter()
+            run()
+            side.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def report(name: str, cases: list[Case]) -> int:
+    """Print a table, then the JSON line; returns how many cases missed their target."""
+    width = max(len(c.case) for c in cases)
+    for c in cases:
+        mark = "met" if c.met else "NOT MET"
+        print(f"{c.case:{width}}  ours {c.ours:10.5g} {c.unit:7} {c.rival_name} {c.rival:10.5g}  "
+              f"ratio {c.ratio:8.4f}  target {'<=' if c.better == 'lower' else '>='} {c.target:<7g} "
+              f"{mark}{'' if c.equal else ' (NOT EQUAL)'}")
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+               "torch": torch.__version__, "threads": torch.get_num_threads(),
+               "capability": torch.backends.cpu.get_cpu_capability()}
+    rows = [asdict(c) | {"ratio": c.ratio, "met": c.met} for c in cases]
+    print(json.dumps({"benchmark": name, "machine": machine, "cases": rows}))
+    return sum(not c.met for c in cases)
+
+
+def smollm2_shaped(dtype: torch.dtype, layers: int = 30) -> torch.nn.Module:
+    """A randomly initialised Llama of SmolLM2-135M's shapes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+                         max_position_embeddings=8192)
+    return LlamaForCausalLM(config).to(dtype).eval()
