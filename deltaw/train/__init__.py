@@ -1,0 +1,53 @@
+"""Train an adapter: `deltaw.train(TrainConfig(...))` is the whole run, `fit` is its loop.
+
+The package is also a call, since the verb is the folder's name: `deltaw.train(config)` runs `deltaw.train.run.train`.
+Each name is imported when it is first used: `TrainConfig` alone, which the command line's help reads, loads no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltaw.train.config import TrainConfig
+    from deltaw.train.decoding import generate, score_choices
+    from deltaw.train.evaluation import EvalResult, evaluate
+    from deltaw.train.interrupt import TrainInterrupted
+    from deltaw.train.loop import fit
+    from deltaw.train.result import TrainResult
+    from deltaw.train.run import train
+
+__all__ = [
+    "EvalResult", "TrainConfig", "TrainInterrupted", "TrainResult", "evaluate", "fit", "generate", "score_choices",
+    "train",
+]
+
+_HOME = {
+    "EvalResult": "evaluation", "TrainConfig": "config", "TrainInterrupted": "interrupt", "TrainResult": "result",
+    "evaluate": "evaluation", "fit": "loop", "generate": "decoding", "score_choices": "decoding", "train": "run",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The object of this name, imported now and kept."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltaw.train' has no attribute '{name}'")
+    value = getattr(import_module(f"deltaw.train.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+class _CallablePackage(ModuleType):
+    """A package that does its verb when it is called."""
+
+    def __call__(self, config: TrainConfig, *, quiet: bool = False) -> TrainResult:
+        """Train as `config` says; see `deltaw.train.run.train`."""
+        from deltaw.train.run import train
+
+        return train(config, quiet=quiet)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,150 @@
+"""The data of a run: what is trained on, what is held out, and the stream of micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaw import bases
+from deltaw.data import (
+    BatchStream,
+    EncodedData,
+    Example,
+    LabelledExample,
+    Subset,
+    available_splits,
+    collate,
+    load_data,
+    split_valid,
+)
+from deltaw.train.config import TrainConfig
+from deltaw.train.decoding import device_of
+from deltaw.train.state import Batch
+
+_LONGEST = 1024
+_HELD_OUT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Tokenised examples, split."""
+
+    config: TrainConfig
+    train: EncodedData
+    train_rows: NDArray[np.int64]
+    valid: EncodedData
+    valid_rows: Sequence[int]
+    digest: str
+    """SHA-256 of the training file, or of the tokens where the data is not one file."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the rows have a prompt to be answered: chats and completions, but not plain text."""
+        return self.valid.label_names is None and self.valid.shape != "text"
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches in a pass over the training data."""
+        return self._stream().batches_per_epoch
+
+    def batches(self, base: bases.Base) -> ExampleBatches:
+        """The seeded stream of micro-batches, on the model's device."""
+        return ExampleBatches(self._stream(), base)
+
+    def _stream(self) -> BatchStream[Example | LabelledExample]:
+        lengths = self.train.lengths[self.train_rows] if self.config.group_by_length else None
+        return BatchStream(Subset(self.train, self.train_rows), self.config.batch_size, self.config.seed,
+                           lengths=lengths)
+
+    def facts(self) -> dict[str, Any]:
+        """Where the data is from and how much there is of it."""
+        stats = self.train.stats
+        return {"source": self.config.data, "sha256": self.digest, "train_rows": len(self.train_rows),
+                "valid_rows": len(self.valid_rows), "tokens": stats.tokens,
+                "supervised_tokens": stats.supervised_tokens, "longest": stats.longest, "truncated": stats.truncated,
+                "dropped_no_supervision": stats.dropped_no_supervision, "shape": self.train.shape,
+                "labels": None if self.train.label_names is None else list(self.train.label_names)}
+
+    def describe(self) -> str:
+        """One or two lines on what there is and what was left out."""
+        stats = self.train.stats
+        text = (f"data {self.config.data}: {len(self.train_rows):,} examples to train on, {len(self.valid_rows):,} "
+                f"held out; {stats.supervised_tokens:,} of {stats.tokens:,} tokens are learned from")
+        if stats.truncated or stats.dropped_no_supervision:
+            text += (f"\n{stats.truncated:,} examples were cut to max_length; {stats.dropped_no_supervision:,} lost "
+                     "every supervised token by that and were left out")
+        return text
+
+
+class ExampleBatches:
+    """`Batches` over a stream of examples."""
+
+    def __init__(self, stream: BatchStream[Example | LabelledExample], base: bases.Base) -> None:
+        self.stream, self.pad, self.device = stream, base.tokenizer.pad_token_id, device_of(base.model)
+
+    def __next__(self) -> Batch:
+        examples = next(self.stream)
+        inputs = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad).items()}
+        return Batch(inputs, tuple(example.where for example in examples))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's place."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a place in the stream."""
+        self.stream.load_state_dict(dict(state))
+
+
+def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
+    """The base and the data that the config names.
+
+    A classifier's head has as many outputs as the data has labels, and the data is tokenised with the base's tokenizer:
+    so there the base is opened without weights first.
+    """
+    device = config.chosen_device()
+    classifies = config.task == "seq-cls"
+    base = bases.load_base(config.model, task=config.task, dtype=config.dtype, device="meta" if classifies else device)
+    train = _load(config, config.data, base, "train")
+    if classifies:
+        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=train.label_names,
+                               device=device)
+    rows: NDArray[np.int64] = np.arange(len(train))
+    named = isinstance(config.valid, str)
+    if named or (config.valid is None and "valid" in available_splits(config.data)):
+        source = str(config.valid) if named else config.data
+        split = "train" if named and Path(source).expanduser().is_file() else "valid"
+        valid = _load(config, source, base, split, labels=train.label_names)
+        held: NDArray[np.int64] = np.arange(len(valid))
+    else:
+        share = _HELD_OUT if config.valid is None else float(config.valid)
+        rows, held = split_valid(len(train), share, config.seed)
+        valid = train
+    chosen = [int(row) for row in held[:config.eval_rows]]
+    digest = _digest(config.data, train)
+    return base, Examples(config=config, train=train, train_rows=rows, valid=valid, valid_rows=chosen, digest=digest)
+
+
+def _load(config: TrainConfig, source: str, base: bases.Base, split: str,
+          labels: Sequence[str] | None = None) -> EncodedData:
+    limit = base.max_positions
+    longest = config.max_length or min(_LONGEST, limit or _LONGEST)
+    return load_data(source, tokenizer=base.tokenizer, task=config.task, split=split, columns=config.columns or None,
+                     max_length=longest, model_limit=limit, train_on=config.train_on, labels=labels)
+
+
+def _digest(source: str, data: EncodedData) -> str:
+    path = Path(source).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(data.lengths.tobytes())
+    for index in range(len(data)):
+        digest.update(np.asarray(data[index].input_ids, dtype=np.int32).tobytes())
+    return digest.hexdigest()

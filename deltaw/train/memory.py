@@ -1,0 +1,57 @@
+"""Memory: giving some up for time in transformers' models, and measuring what a process holds."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.errors import BaseModelError, Fault
+
+
+def recompute_activations(model: Any) -> None:
+    """Let a transformers model compute each layer's activations again in the backward pass (gradient checkpointing).
+
+    Not the reentrant kind, which drops the gradients of everything inside a layer whose inputs need none: the inputs of
+    a frozen network's first layer. The doctor would find that; here it cannot happen.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise BaseModelError(Fault("gradient_checkpointing", f"{type(model).__name__} does not support it",
+                                   "a model that does", "Turn it off, and lower batch_size if memory is short"))
+    arguments = {"use_reentrant": False}
+    # transformers renamed the method in 5.22; before that only the older name is there.
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    if renamed is not None:
+        renamed(arguments)
+    else:
+        model.gradient_checkpointing_enable(arguments)
+
+
+def memory_in_use() -> int:
+    """Bytes that the process holds now: of the GPU where one is used, else resident; 0 where that is not known."""
+    if _on_gpu():
+        return int(torch.cuda.memory_allocated())
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The most bytes that the process has held: of the GPU where one is used, else resident; 0 where not known."""
+    if _on_gpu():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0

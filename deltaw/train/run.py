@@ -1,0 +1,257 @@
+"""A whole run: load, attach, look at the base, train, keep the best, look again, save.
+
+    out/adapter_config.json, adapter_model.safetensors, deltaw.json    the adapter
+    out/train_config.json     the config        out/metrics.jsonl     every step and evaluation
+    out/train_result.json     figures           out/checkpoints/      to resume from
+
+CPU threads: torch takes one for each core unless `threads` says otherwise. Several runs on one machine should share the
+cores between them (`threads`) and start with OMP_WAIT_POLICY=PASSIVE, or idle threads of one spin on the other's cores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw import bases
+from deltaw.errors import ConfigError, Fault
+from deltaw.store.atomic import replace_folder
+from deltaw.switch import Switchboard, attach
+from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
+from deltaw.train.config import TrainConfig
+from deltaw.train.doctor import Doctor
+from deltaw.train.evaluation import EvalResult, answers, evaluate
+from deltaw.train.examples import Examples, load_examples
+from deltaw.train.loop import fit
+from deltaw.train.memory import peak_memory, recompute_activations
+from deltaw.train.objective import objective_for
+from deltaw.train.optimizer import adamw, schedule, warmup_of
+from deltaw.train.progress import MetricsLog, ProgressBar, Together, read_metrics
+from deltaw.train.result import Answer, SiteRow, TrainResult
+from deltaw.train.state import Pace, State
+from deltaw.train.summary import print_summary
+from deltaw.train.tuning import LoraTuning
+
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+CONFIG_FILE, METRICS_FILE, RESULT_FILE = "train_config.json", "metrics.jsonl", "train_result.json"
+CHECKPOINTS = "checkpoints"
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
+    """Fine-tune an adapter as `config` says, and return what it did; the adapter is in `config.out`.
+
+    Shows progress and a table of results on stderr unless `quiet`. The caller's random generators and number of threads
+    are as before afterwards. Raises the errors of `deltaw.errors`, and TrainInterrupted after the first Ctrl-C.
+    """
+    began = time.perf_counter()
+    out = Path(config.out).expanduser()
+    check_folder(out, config)
+    with own_surroundings(config):
+        base, examples = load_examples(config)
+        if not quiet:
+            announce(base, examples)
+        board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task]),
+                       name=config.name, seed=config.seed)
+        if config.gradient_checkpointing:
+            recompute_activations(base.model)
+        session = Session(config, out, base, examples, board, quiet=quiet)
+        state = session.train()
+        result = session.finish(state, began)
+    if not quiet:
+        print_summary(result)
+    return result
+
+
+class Session:
+    """One run in the making: what is needed before, during and after the loop."""
+
+    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, board: Switchboard, *,
+                 quiet: bool) -> None:
+        self.config, self.out, self.base, self.examples, self.board = config, out, base, examples, board
+        self.quiet = quiet
+        self.tuning = LoraTuning(board, config.name)
+        self.doctor = Doctor(self.tuning, window=config.doctor_steps, allow_unused=config.allow_unused)
+        self.optimizer = adamw(self.tuning.parameters(), learning_rate=config.learning_rate, eps=config.eps,
+                               weight_decay=config.weight_decay, betas=config.betas)
+        self.identity = identity(config, data_sha256=examples.digest, base=board.fingerprint().to_dict())
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, self.identity, keep=config.keep_checkpoints)
+        self.pace = pace_of(config, self.examples.batches_per_epoch)
+        self.shown = examples.valid_rows[:config.samples] if config.task == "causal-lm" and examples.has_prompts else []
+
+    def train(self) -> State:
+        """Run the loop, from the start or from the last checkpoint."""
+        config, batches = self.config, self.examples.batches(self.base)
+        state = State()
+        found = self.checkpoints.latest() if config.resume else None
+        if found is not None:
+            check_same_run(config, self.identity, found)
+            state = self.checkpoints.restore(found, self.tuning, self.optimizer, batches)
+            say(f"resuming at step {state.step} of {self.pace.steps}", self.quiet)
+        else:
+            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        replace_folder(self.out, {CONFIG_FILE: json.dumps(config.to_dict(), indent=1).encode()})
+        (self.out / RESULT_FILE).unlink(missing_ok=True)
+        log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
+        with self.board.off():
+            self.before = self.figures_before(log, resumed=found is not None)
+            self.answers_before = self.answer()
+        with ExitStack() as stack:
+            watches: list[Any] = [log]
+            if not self.quiet:
+                watches.append(stack.enter_context(ProgressBar(self.pace.steps, begun=state.step)))
+            return fit(self.tuning, objective_for(config.task), batches, self.optimizer, self.pace, state=state,
+                       evaluate=lambda: self.evaluate().figures, doctor=self.doctor, watch=Together(watches),
+                       checkpoints=self.checkpoints)
+
+    def figures_before(self, log: MetricsLog, *, resumed: bool) -> Mapping[str, float]:
+        """The base's figures: measured, or those that the run wrote down when it began."""
+        rows = read_metrics(self.out / METRICS_FILE) if resumed else []
+        for row in rows:
+            if row["event"] == "eval" and row["step"] == 0:
+                return {name: value for name, value in row.items() if name not in ("event", "step")}
+        say("evaluating the base", self.quiet)
+        figures = self.evaluate().figures
+        log.evaluated(State(), figures)
+        return figures
+
+    def finish(self, state: State, began: float) -> TrainResult:
+        """Keep the best tensors, evaluate and save the adapter, and write down what the run was."""
+        best = state.best_step if state.best_tensors else None
+        if state.best_tensors:
+            put_tensors(state.best_tensors, self.tuning)
+        after = self.evaluate().figures
+        answered = tuple(Answer(self.prompt_text(row), self.examples.valid.prompt(row).answer, *pair) for row, *pair in
+                         zip(self.shown, self.answers_before, self.answer(), strict=True))
+        trained = {id(p) for p in self.tuning.parameters().values()}
+        model = self.base.model
+        self.tuning.note(**facts(self.config, self.base, self.examples, state, self.before, after))
+        self.tuning.save(self.out)
+        result = TrainResult(
+            adapter=str(self.out), base=self.base.source, config=self.config.to_dict(), steps=state.step,
+            planned_steps=self.pace.steps, best_step=best, before=self.before, after=after, answers=answered,
+            curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.board, self.config.name),
+            checks={check.name: check.found for check in self.doctor.checks} | improvement(self.before, after),
+            data=self.examples.facts(),
+            trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
+            base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in trained),
+            adapter_bytes=sum((self.out / name).stat().st_size for name in
+                              ("adapter_config.json", "adapter_model.safetensors", "deltaw.json")),
+            tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
+            peak_memory=peak_memory(), precision=f"{self.base.dtype}".removeprefix("torch.") +
+            f": {self.base.dtype_reason}", versions=versions())
+        replace_folder(self.out, {RESULT_FILE: json.dumps(result.to_dict(), indent=1).encode()})
+        return result
+
+    def evaluate(self) -> EvalResult:
+        """The held-out figures of the model as it is now."""
+        config = self.config
+        return evaluate(self.base.model, self.base.tokenizer, self.examples.valid, rows=self.examples.valid_rows,
+                        metrics=config.metrics, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
+
+    def answer(self) -> list[str]:
+        """What the model as it is now answers to the samples."""
+        return answers(self.base.model, self.base.tokenizer, self.examples.valid, self.shown,
+                       max_new_tokens=self.config.max_new_tokens) if self.shown else []
+
+    def prompt_text(self, row: int) -> str:
+        """The prompt of a held-out row, as the model reads it."""
+        return str(self.base.tokenizer.decode(self.examples.valid.prompt(row).input_ids))
+
+
+def check_folder(out: Path, config: TrainConfig) -> None:
+    """Refuse a folder that cannot be written to, or whose unfinished run would be lost."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(Fault("TrainConfig.out", f"'{out}' is a file", "a folder"))
+    unfinished = (out / CHECKPOINTS).is_dir() and not (out / RESULT_FILE).is_file()
+    if unfinished and not config.resume and any((out / CHECKPOINTS).glob("step-*")):
+        raise ConfigError(Fault("TrainConfig.out", f"'{out}' holds a run that was not finished", "a new folder",
+                                f"Go on with it with resume, or delete {out / CHECKPOINTS}"))
+
+
+@contextmanager
+def own_surroundings(config: TrainConfig) -> Iterator[None]:
+    """The config's seed and threads for the length of the block; the caller's before and after."""
+    threads = torch.get_num_threads()
+    python = random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            random.setstate(python)
+
+
+def pace_of(config: TrainConfig, batches_per_epoch: int) -> Pace:
+    """When things happen, from the config and the number of micro-batches in an epoch."""
+    steps = config.max_steps or max(1, math.ceil(config.epochs * batches_per_epoch / config.grad_accumulation))
+    warmup = warmup_of(steps, ratio=config.warmup_ratio, steps=config.warmup_steps)
+    factor = schedule(config.schedule, total=steps, warmup=warmup)
+    eval_every = math.ceil(steps / 5) if config.eval_every is None else config.eval_every
+    return Pace(steps=steps, rate=lambda step: config.learning_rate * factor(step), accumulate=config.grad_accumulation,
+                max_grad_norm=config.max_grad_norm, eval_every=eval_every, keep_best=config.keep_best,
+                save_every=eval_every if config.save_every is None else config.save_every, patience=config.early_stop)
+
+
+def facts(config: TrainConfig, base: bases.Base, examples: Examples, state: State, before: Mapping[str, float],
+          after: Mapping[str, float]) -> dict[str, Any]:
+    """What travels with the adapter: its base, its template, and how it was made."""
+    return {"base_model": base.source, "template": bases.template_hash(base.tokenizer),
+            "tokenizer": bases.tokenizer_hash(base.tokenizer),
+            "training": {"config": config.to_dict(), "steps": state.step, "best_step": state.best_step,
+                         "tokens": state.tokens, "supervised": state.units, "seconds": round(state.seconds, 1),
+                         "data": examples.facts(), "before": dict(before), "after": dict(after),
+                         "versions": versions()}}
+
+
+def improvement(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, str]:
+    """Whether the held-out loss fell; told and not judged, since a run may be after something else."""
+    word = "fell" if after["loss"] < before["loss"] else "DID NOT FALL"
+    return {"held-out": f"the loss {word}: {before['loss']:.4f} before, {after['loss']:.4f} after"}
+
+
+def site_rows(board: Switchboard, name: str) -> tuple[SiteRow, ...]:
+    """What the adapter changes, one row for each site."""
+    return tuple(SiteRow(target.site.name, target.site.kind, tuple(target.site.geometry.shape), target.rank,
+                         target.parameters) for target in board.table(name))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("deltaw", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def announce(base: bases.Base, examples: Examples) -> None:
+    """Say what was loaded and what was left out."""
+    count = sum(p.numel() for p in base.model.parameters())
+    say(f"base {base.source}: {count / 1e6:,.1f} M parameters in {str(base.dtype).removeprefix('torch.')} "
+        f"({base.dtype_reason})")
+    say(examples.describe())
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """One line for the person at the terminal."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)

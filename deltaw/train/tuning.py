@@ -1,0 +1,96 @@
+"""`Tuning`: what a training run varies. The loop, the doctor and the checkpoints know a run through this alone.
+
+LoRA is one tuning; full fine-tuning or a prompt would be others. A tuning names its tensors "<site>.<tensor>", so that
+a check can say which place of the network a tensor belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from deltaw.switch import Switchboard
+
+
+class Tuning(Protocol):
+    """Trained tensors inside a model that otherwise stays as it is."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network, trained tensors included."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """All trained tensors by name, and nothing else."""
+
+    def note(self, **facts: Any) -> None:
+        """Record facts that are saved with the tensors."""
+
+    def save(self, path: Path) -> None:
+        """Write the trained tensors to a folder, for use without this run."""
+
+
+class LoraTuning:
+    """One adapter of a switchboard."""
+
+    def __init__(self, board: Switchboard, name: str = "default") -> None:
+        self.board, self.name = board, name
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the adapter is attached to."""
+        return self.board.model
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The adapter's tensors, "<site>.lora_A" and so on."""
+        return self.board.parameters(self.name)
+
+    def note(self, **facts: Any) -> None:
+        """Record facts in the adapter's `deltaw.json`."""
+        self.board.note(self.name, **facts)
+
+    def save(self, path: Path) -> None:
+        """Write the adapter's folder."""
+        self.board.adapter(self.name).save(path)
+
+
+class PartTuning:
+    """Some parameters of any module, by name; the others are the base. For heads, probes and comparisons."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._model, self._parameters, self.facts = model, dict(parameters), dict[str, Any]()
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network."""
+        return self._model
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The chosen parameters."""
+        return self._parameters
+
+    def note(self, **facts: Any) -> None:
+        """Keep facts for `save`."""
+        self.facts.update(facts)
+
+    def save(self, path: Path) -> None:
+        """Write the chosen parameters to `path`/model.safetensors."""
+        from safetensors.torch import save_file
+
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._parameters.items()}, path / "model.safetensors")
+
+
+def frozen_tensors(tuning: Tuning) -> Iterator[tuple[str, Tensor]]:
+    """The base: every parameter and every stored buffer that the tuning does not train."""
+    trained = {id(parameter) for parameter in tuning.parameters().values()}
+    for name, parameter in tuning.model.named_parameters():
+        if id(parameter) not in trained:
+            yield name, parameter
+    for prefix, module in tuning.model.named_modules():
+        # A buffer that is not stored (a table of rotary angles, say) is working memory and may change.
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

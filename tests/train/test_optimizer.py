@@ -1,0 +1,49 @@
+"""Schedules against transformers', AdamW against its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.train.optimizer import adamw, schedule, set_rate, warmup_of
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("total", "warmup"), [(10, 0), (10, 3), (7, 7), (1, 0), (50, 2)])
+def test_schedules_are_those_of_transformers(kind: str, total: int, warmup: int) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    reference = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    ours = schedule(kind, total=total, warmup=warmup)  # type: ignore[arg-type]
+    for step in range(total):
+        assert ours(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_adamw_is_the_formula_and_spares_vectors() -> None:
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = adamw({"w": matrix, "b": vector}, learning_rate=0.1, weight_decay=0.5, betas=(0.8, 0.9), eps=1e-3)
+    expected = {"w": (1.0, 0.0, 0.0), "b": (1.0, 0.0, 0.0)}
+    for step, gradient in enumerate((1.0, -2.0, 0.5), start=1):
+        set_rate(optimizer, 0.1 / step)
+        for name, (theta, m, v) in expected.items():
+            decay = 0.5 if name == "w" else 0.0
+            m, v = 0.8 * m + 0.2 * gradient, 0.9 * v + 0.1 * gradient**2
+            m_hat, v_hat = m / (1 - 0.8**step), v / (1 - 0.9**step)
+            theta = theta - 0.1 / step * decay * theta - 0.1 / step * m_hat / (v_hat**0.5 + 1e-3)
+            expected[name] = (theta, m, v)
+        matrix.grad, vector.grad = torch.full_like(matrix, gradient), torch.full_like(vector, gradient)
+        optimizer.step()
+    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), expected["w"][0]))
+    torch.testing.assert_close(vector.detach(), torch.full((2,), expected["b"][0]))
+
+
+def test_warmup_is_counted_as_transformers_does() -> None:
+    assert warmup_of(100, ratio=0.03, steps=None) == 3
+    assert warmup_of(10, ratio=0.03, steps=None) == 1
+    assert warmup_of(10, ratio=0.0, steps=None) == 0
+    assert warmup_of(10, ratio=0.5, steps=2) == 2
