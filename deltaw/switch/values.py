@@ -40,9 +40,11 @@ def fresh(config: LoraConfig, targets: list[Target], hosts: Hosts, *, dtype: tor
             steps.append(Placed(site, TrainedBias(site.geometry, base.detach().to(dtype, copy=True))))
             continue
         shape_A, shape_B = site.geometry.factor_shapes(target.rank)
-        A = torch.empty(shape_A, dtype=dtype, device=base.device)
-        B = torch.empty(shape_B, dtype=dtype, device=base.device)
+        # A generator draws on its own device; that also makes a seed mean the same wherever the base is.
+        device = base.device if generator is None or base.is_meta else generator.device
+        A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in (shape_A, shape_B))
         lora.initialise(A, B, config.init_lora_weights, site.geometry, target.rank, generator)
+        A, B = A.to(base.device), B.to(base.device)
         steps.append(Placed(site, LowRank(site.geometry, A, B, scaling=target.scaling, dropout=config.lora_dropout)))
     return steps
 

@@ -14,7 +14,7 @@ class AdaptedEmbedding(Adapted):
     """y = W₀[ids] + s·(Aᵀ[ids]) Bᵀ, times the host's own scale of embeddings where it has one (Gemma)."""
 
     def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
-        """Each row's own change; ids that all rows share, such as positions of shape (1, T), give each row its own y."""
+        """Each row's own change; ids that all rows share, such as positions of shape (1, T), get an output for each."""
         if x.dim() > 1 and x.shape[0] == 1:
             y, x = (t.expand(len(route.names), *t.shape[1:]) for t in (y, x))
         return super().add_by_row(y, x, route)
