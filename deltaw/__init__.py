@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from deltaw.merge import merge_files as merge_files
     from deltaw.store import load as load
     from deltaw.switch import Switchboard as Switchboard
-    from deltaw.switch.attach import attach as attach
-    from deltaw.switch.attach import board as board
-    from deltaw.switch.attach import detach as detach
+    from deltaw.switch.attachment import attach as attach
+    from deltaw.switch.attachment import board as board
+    from deltaw.switch.attachment import detach as detach
     from deltaw.train import TrainConfig as TrainConfig
     from deltaw.train import train as train
 

@@ -1,6 +1,6 @@
 """Which changes are on: the switchboard, routing, and merging with exact undo."""
 
-from deltaw.switch.attach import attach, board, detach
-from deltaw.switch.board import Switchboard
+from deltaw.switch.attachment import attach, board, detach
+from deltaw.switch.switchboard import Switchboard
 
 __all__ = ["Switchboard", "attach", "board", "detach"]

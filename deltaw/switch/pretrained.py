@@ -32,7 +32,7 @@ from deltaw.inject import strip
 from deltaw.store.atomic import replace_folder
 
 if TYPE_CHECKING:
-    from deltaw.switch.board import Switchboard
+    from deltaw.switch.switchboard import Switchboard
 
 BOARD = "_deltaw_board"
 """Where `attach` keeps a model's switchboard."""

@@ -9,7 +9,7 @@ from deltaw.core import Adapter, LoraConfig
 from deltaw.errors import Fault, StateError
 from deltaw.inject import strip
 from deltaw.switch import pretrained
-from deltaw.switch.board import Switchboard
+from deltaw.switch.switchboard import Switchboard
 from deltaw.switch.pretrained import BOARD
 
 
