@@ -1,0 +1,147 @@
+"""The model of `eval`, `generate` and `chat`: a base with adapters on it, and what to say when they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltaw.cli.output import say
+from deltaw.errors import AdapterFileError, ConfigError, Fault, StateError
+
+if TYPE_CHECKING:
+    from deltaw.bases import Base
+    from deltaw.core import Adapter
+    from deltaw.switch import Switchboard
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which base, and where and how it is computed."""
+
+    model: str | None = None
+    """The base: a Hub id, a local folder, a GGUF file or package:NAME; by default the one that the adapter records."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
+    dtype: str = "auto"
+    """Number format of the base: bf16, fp32, fp16, or auto (bf16 where the processor is fast at it)."""
+    any_base: bool = False
+    """Use the adapter although it was made for another base of the same shapes."""
+
+
+METAVARS: Mapping[str, str] = {"model": "MODEL", "device": "NAME", "dtype": "bf16|fp32|fp16|auto", "data": "DATA",
+                               "adapter": "FOLDER"}
+
+
+@dataclass
+class Opened:
+    """A base, and the board of its adapters once there are any."""
+
+    options: ModelOptions
+    base: Base
+    board: Switchboard | None = None
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Attach an adapter under a name, off; a template or tokenizer that it was not trained with is reported."""
+        from deltaw import switch
+
+        model = self.base.model
+        if self.board is None:
+            self.board = switch.attach(model, adapter, name, any_base=self.options.any_base)
+            self.board.use(None)
+            model.eval()
+        else:
+            self.board.add(name, adapter, any_base=self.options.any_base)
+        for text in mismatches(adapter, self.base):
+            say(f"warning: adapter '{name}': {text}")
+
+    def use(self, choice: str | Mapping[str, float] | None) -> None:
+        """Turn on an adapter, a mix or the base."""
+        if self.board is not None:
+            self.board.use(choice)
+        elif choice is not None:
+            raise StateError(Fault("use", "no adapter is attached", "at least one", "Add one first"))
+
+
+def read_adapter(path: str) -> Adapter:
+    """The adapter in a folder or of a Hub id."""
+    from deltaw import store
+
+    return store.load(path)
+
+
+def open_model(options: ModelOptions, adapters: Mapping[str, Adapter], *, labels: list[str] | None = None,
+               task: Literal["causal-lm", "seq-cls"] = "causal-lm") -> Opened:
+    """The base that the options name, or else the first adapter, with all of these adapters attached, and off."""
+    from deltaw import bases
+
+    source = options.model or recorded_base(adapters)
+    device = chosen_device(options.device)
+    opened = Opened(options, bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device))
+    for name, adapter in adapters.items():
+        opened.add(name, adapter)
+    return opened
+
+
+def recorded_base(adapters: Mapping[str, Adapter]) -> str:
+    """The base that the first adapter names."""
+    for adapter in adapters.values():
+        source = adapter.facts.get("base_model")
+        if isinstance(source, str) and source:
+            return source
+        break
+    got = "is not given, and the adapter does not record its base" if adapters else "is not given"
+    raise ConfigError(Fault("--model", got, "a Hub id, a folder, a GGUF file or package:NAME"))
+
+
+def chosen_device(name: str) -> str:
+    """The device that a name stands for on this machine."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        first = str(error).splitlines()[0]
+        raise ConfigError(Fault("--device", f"got '{name}' ({first})", "auto, or a device of this machine")) from error
+    return name
+
+
+def mismatches(adapter: Adapter, base: Base) -> list[str]:
+    """What the adapter records about its chat template and tokenizer, and this base has otherwise."""
+    from deltaw import bases
+
+    found = []
+    if "template" in adapter.facts:
+        text = bases.describe_mismatch(adapter.facts["template"], bases.template_hash(base.tokenizer))
+        found += [text] if text else []
+    recorded = adapter.facts.get("tokenizer")
+    if isinstance(recorded, str) and recorded != bases.tokenizer_hash(base.tokenizer):
+        found.append("It was trained with another tokenizer than this base's; its answers may be wrong.")
+    return found
+
+
+def training_facts(adapter: Adapter | None) -> dict[str, Any]:
+    """The config that an adapter was trained with, and what its rows looked like; empty where it records nothing."""
+    training = adapter.facts.get("training") if adapter is not None else None
+    if not isinstance(training, dict):
+        return {}
+    config, data = training.get("config"), training.get("data")
+    facts = dict(config) if isinstance(config, dict) else {}
+    if isinstance(data, dict):
+        facts |= {"shape": data.get("shape"), "labels": data.get("labels")}
+    return facts
+
+
+def is_classifier(adapter: Adapter | None) -> bool:
+    """Whether an adapter chooses labels instead of writing text."""
+    return adapter is not None and (training_facts(adapter).get("task") == "seq-cls"
+                                    or adapter.config.task_type == "SEQ_CLS")
+
+
+def require_writer(adapter: Adapter, where: str) -> None:
+    """Refuse an adapter that was trained to classify."""
+    if is_classifier(adapter):
+        raise AdapterFileError(Fault(where, "was trained to choose labels", "an adapter that writes text",
+                                     "Measure it with `deltaw eval`"))
