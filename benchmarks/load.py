@@ -30,19 +30,20 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--layers", type=int, help="layers of the model; 30, or 6 with --quick")
     parser.add_argument("--vs", default="peft", choices=["peft"])
     args = parser.parse_args()
+    layers = args.layers or (6 if args.quick else 30)
     repeats = 5 if args.quick else 15
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
-        model = smollm2_shaped(torch.bfloat16, args.layers)
+        model = smollm2_shaped(torch.bfloat16, layers)
         config = deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
         board = deltaw.attach(model, config, name="first", seed=3)
         start = time.perf_counter()
         board.adapter("first").save(path)
         print(f"  save: {time.perf_counter() - start:.3f} s, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB")
-        rival = peft.get_peft_model(smollm2_shaped(torch.bfloat16, args.layers),
+        rival = peft.get_peft_model(smollm2_shaped(torch.bfloat16, layers),
                                     peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
         for i in range(15):
             board.add(f"a{i}", config)

@@ -2,7 +2,7 @@
 
     python benchmarks/switch.py [--quick] [--dtype bf16|fp32] [--layers 30]
 
-Each case checks that both sides compute the same before it is timed.
+Each case checks that both sides compute the same before it is timed. A quick run has fewer layers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Case, alternate, report, smollm2_shaped  # noqa: E402
+from pairs import Case, alternate, report, smollm2_shaped
 
-import deltaw  # noqa: E402
+import deltaw
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 N = 16
@@ -88,7 +88,7 @@ def forwards(model, board, rival, dtype, repeats) -> list[Case]:
             return rival(input_ids=ids, adapter_names=names).logits
 
         rival.set_adapter("a1")
-        reps = repeats if tokens > 1 else repeats * 5
+        reps = repeats if tokens > 1 else repeats * 3
         same_one, same_mixed = close(ours_one(), rival_one(), dtype), close(ours_mixed(), rival_mixed(), dtype)
         for label, mine, its, target, same in (("one adapter", ours_one, rival_one, one_target, same_one),
                                                ("16 adapters", ours_mixed, rival_mixed, mixed_target, same_mixed)):
@@ -208,17 +208,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--layers", type=int, help="layers of the model; 30, or 6 with --quick")
     parser.add_argument("--vs", default="peft", choices=["peft"])
     args = parser.parse_args()
+    layers = args.layers or (6 if args.quick else 30)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    repeats = 5 if args.quick else 11
-    model, board, rival, config, peft_config = build(dtype, args.layers)
+    repeats = 5 if args.quick else 9
+    model, board, rival, config, peft_config = build(dtype, layers)
     cases = forwards(model, board, rival, dtype, repeats)
     cases += switching(model, board, rival, config, peft_config, repeats)
     cases.append(flat(model, board, config))
     del model, board, rival
-    cases += drift(2 if args.quick else 6, 1000)
+    cases += drift(1 if args.quick else 4, 1000)
     return report("switch", cases) and 0
 
 

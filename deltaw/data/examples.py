@@ -19,7 +19,7 @@ from deltaw.bases.template import require_template
 from deltaw.data.encode import ANSWER, LEARNT, Encoder
 from deltaw.data.labels import Classes
 from deltaw.data.read import open_source
-from deltaw.data.rows import Labelled, Layout, Parsed, find_layout, parse
+from deltaw.data.rows import Chat, Labelled, Layout, Parsed, PromptCompletion, find_layout, parse
 from deltaw.data.source import FaultLog, Row, Source
 from deltaw.data.tokens import Column
 from deltaw.errors import ConfigError, DataError, Fault, near
@@ -104,12 +104,13 @@ class EncodedData:
     """Tokenised examples by number; made by `load_data`."""
 
     def __init__(self, source: Source, encoder: Encoder, columns: _Columns, stats: EncodeStats,
-                 label_names: tuple[str, ...] | None, shape: str) -> None:
+                 label_names: tuple[str, ...] | None, layout: Layout) -> None:
         self.source = source
         self.encoder = encoder
         self.stats = stats
         self.label_names = label_names
-        self.shape = shape
+        self.shape = layout.shape
+        self._layout = layout
         self._columns = columns
 
     def __len__(self) -> int:
@@ -145,6 +146,16 @@ class EncodedData:
         start = int(before[-1]) + 1 if len(before) else 0
         text = self.encoder.tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=True)
         return Prompt(ids[:start].tolist(), str(text), self.where(index))
+
+    def question(self, index: int) -> str:
+        """What was last said to the model before the last answer of an example, in the words of its row."""
+        row = parse(self._layout, self.source[int(self._columns.rows[index])])
+        if isinstance(row, PromptCompletion):
+            return row.prompt
+        if isinstance(row, Chat):
+            last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
+            return next((m.content for m in reversed(row.messages[:last]) if m.role != "assistant"), "")
+        return row.text
 
     def _tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         if not 0 <= index < len(self):
@@ -187,7 +198,7 @@ def load_data(
             builder.add(source.read(start, start + _CHUNK), layout, start)
             if on_progress is not None:
                 on_progress(min(start + _CHUNK, len(source)), len(source))
-        return builder.finish(source, layout.shape)
+        return builder.finish(source, layout)
     finally:
         builder.close()
 
@@ -244,7 +255,7 @@ class _Builder:
         self._ends.append(self._tokens)
         self._rows.append(row)
 
-    def finish(self, source: Source, shape: str) -> EncodedData:
+    def finish(self, source: Source, layout: Layout) -> EncodedData:
         """The data set, when every row was good and something is left to learn."""
         self._log.raise_if_any()
         if not len(self._ends):
@@ -257,4 +268,4 @@ class _Builder:
                             longest=self._longest)
         stored = _Columns(self._ids.finish(), self._marks.finish(), np.array(self._ends, np.int64),
                           np.array(self._rows, np.int64), numbers)
-        return EncodedData(source, self._encoder, stored, stats, names, shape)
+        return EncodedData(source, self._encoder, stored, stats, names, layout)

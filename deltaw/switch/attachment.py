@@ -9,8 +9,8 @@ from deltaw.core import Adapter, LoraConfig
 from deltaw.errors import Fault, StateError
 from deltaw.inject import strip
 from deltaw.switch import pretrained
-from deltaw.switch.switchboard import Switchboard
 from deltaw.switch.pretrained import BOARD
+from deltaw.switch.switchboard import Switchboard
 
 
 def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default", *, seed: int | None = None,

@@ -165,8 +165,8 @@ class Session:
                        max_new_tokens=self.config.max_new_tokens) if self.shown else []
 
     def prompt_text(self, row: int) -> str:
-        """The prompt of a held-out row, as the model reads it."""
-        return str(self.base.tokenizer.decode(self.examples.valid.prompt(row).input_ids))
+        """The prompt of a held-out row, in the row's own words."""
+        return self.examples.valid.question(row)
 
 
 def check_folder(out: Path, config: TrainConfig) -> None:
