@@ -2,8 +2,8 @@
 
     python benchmarks/load.py [--quick] [--layers 30]
 
-SmolLM2-135M's shapes, all-linear r=8, bf16 base. Both sides read the same folder, which ours wrote; the check compares the
-logits of the loaded adapters.
+SmolLM2-135M's shapes, all-linear r=8, bf16 base. Both sides read the same folder, which ours wrote; the check compares
+the logits of the loaded adapters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main() -> int:
         board = deltaw.attach(model, config, name="first", seed=3)
         start = time.perf_counter()
         board.adapter("first").save(path)
-        print(f"  save: {time.perf_counter() - start:.3f} s, {sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB")
+        seconds, size = time.perf_counter() - start, sum(f.stat().st_size for f in path.iterdir())
+        print(f"  save: {seconds:.3f} s, {size / 1e6:.1f} MB")
         rival = peft.get_peft_model(smollm2_shaped(torch.bfloat16, layers),
                                     peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
         for i in range(15):

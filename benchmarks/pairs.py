@@ -1,6 +1,7 @@
 """Paired timing: ours and the rival take turns in one run, and the last line printed is one JSON object.
 
-A machine's speed drifts, so times are compared by ratio only: the two sides alternate A B A B, and each reports its median.
+A machine's speed drifts, so times are compared by ratio only: the two sides alternate A B A B, and each reports its
+median.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adding, switching, merging and mixing 16 adapters on one base, beside peft: SmolLM2-135M's shapes, all-linear r=8, bf16.
+"""Adding, switching, merging and mixing 16 adapters on one base, beside peft: SmolLM2-135M's shapes, all-linear r=8.
 
     python benchmarks/switch.py [--quick] [--dtype bf16|fp32] [--layers 30]
 
