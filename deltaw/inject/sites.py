@@ -125,7 +125,9 @@ def _geometry(module: nn.Module) -> Geometry | None:
         if scaled and not isinstance(getattr(module, "embed_scale", None), (torch.Tensor, float, int)):
             return None
         return Geometry(kind="embedding", shape=_shape(module.weight))
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    plain = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c)), None)
+    if plain is not None and type(module).forward is plain.forward:  # one that pads by itself, say, is unlike its A
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         return Geometry(kind="conv", shape=_shape(module.weight), groups=module.groups)
     return None
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.core import Geometry
+from deltaw.core import Geometry, LoraConfig
 from deltaw.errors import TargetError
 from deltaw.inject import find_sites
+from deltaw.switch import attach
 from tests.laws import networks as net
 from tests.laws.cases import BY_NAME
 
@@ -66,3 +67,18 @@ def test_a_base_with_a_part_of_our_name_is_refused() -> None:
 def test_parameters_of_a_list_belong_to_the_module_that_runs() -> None:
     sites = find_sites(nn.ModuleDict({"inside": net.ListOfMatrices()})).parameters
     assert {(s.host, s.parameter) for s in sites.values()} == {("inside", f"matrices.{i}") for i in range(2)}
+
+
+class SelfPadding(nn.Conv2d):
+    """A convolution that pads in a forward of its own, as TensorFlow's "same" is often rebuilt."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad one row and column at the end, then convolve."""
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_refused_by_name() -> None:
+    model = nn.ModuleDict({"own": SelfPadding(3, 4, 3), "plain": nn.Conv2d(3, 4, 3)})
+    assert set(find_sites(model).weights) == {"plain"}
+    with pytest.raises(TargetError, match="SelfPadding"):
+        attach(model, LoraConfig(target_modules=["own"], r=1))
