@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+WIDTH = 160
+"""Columns of a table that no terminal shows."""
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """One JSON object on stdout. A figure that is not finite is null: JSON has no name for it."""
     print(json.dumps(_finite(values), ensure_ascii=False), flush=True)
@@ -41,7 +45,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console = Console(width=WIDTH)
+    console.print(table)
 
 
 def _finite(value: Any) -> Any:

@@ -78,14 +78,14 @@ class Writer:
         room = self.room(len(prompt))
         model: Any = self.base.model
         chosen, ends = self.sampling, sorted(stop_tokens(model, self.base.tokenizer, [self._turn_end()]))
-        # Every option is named: one that is not would be taken from the model's own generation_config.json.
-        config = GenerationConfig(
-            do_sample=chosen.temperature > 0, temperature=chosen.temperature or 1.0, top_p=chosen.top_p,
-            top_k=chosen.top_k, repetition_penalty=chosen.repetition_penalty, max_new_tokens=room, num_beams=1,
-            eos_token_id=ends or None, pad_token_id=self.base.tokenizer.pad_token_id or 0, use_cache=True)
         ids = torch.tensor([list(prompt)], device=device_of(model))
         with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
             torch.manual_seed(chosen.seed)
+            # Every option is named: one that is not would be taken from the model's own generation_config.json.
+            config = GenerationConfig(
+                do_sample=chosen.temperature > 0, temperature=chosen.temperature or 1.0, top_p=chosen.top_p,
+                top_k=chosen.top_k, repetition_penalty=chosen.repetition_penalty, max_new_tokens=room, num_beams=1,
+                eos_token_id=ends or None, pad_token_id=self.base.tokenizer.pad_token_id or 0, use_cache=True)
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
                                     streamer=_streamer(self.base.tokenizer, on_text) if on_text else None)
         written: list[int] = output[0, len(prompt):].tolist()
