@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="a Hub id, a folder, a GGUF file or package:NAME (%(default)s)")
     parser.add_argument("--out", default="runs/demo", help="folder of the adapter and its report (%(default)s)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".deltaw" / "demo", help="where the data is kept")
-    parser.add_argument("--max-steps", type=int, default=100, help="optimizer steps (%(default)s)")
+    parser.add_argument("--max-steps", type=int, default=80, help="optimizer steps (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples in a step (%(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; by default one for each core")
     parser.add_argument("--quick", action="store_true", help="a few steps and held-out rows, to see that it runs")

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 WIDTH = 160
 """Columns of a table that no terminal shows."""
 

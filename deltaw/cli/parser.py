@@ -1,7 +1,7 @@
 """The argument parser of every verb: complete help, all faults at once, and the nearest known option for a wrong one.
 
-argparse and not click or typer: on two busy cores `deltaw --help` takes 0.06 s with it, and 0.2 s with them, of the
-0.3 s that it may take. What they would add, options from the config's own fields, is in `deltaw.cli.options`.
+argparse and not click or typer: importing it takes 0.02 s of the 0.3 s that help may take, click 0.08 s and typer 0.13 s.
+What they would add, options from the config's own fields, is in `deltaw.cli.options`.
 """
 
 from __future__ import annotations
