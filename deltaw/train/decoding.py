@@ -95,8 +95,9 @@ def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], long
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = device_of(model)
+    # Named one by one: what is left out would be taken from the base's own generation_config.json.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=pad,
-                              temperature=None, top_p=None, top_k=None, use_cache=True)
+                              temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, num_beams=1, use_cache=True)
     with torch.no_grad(), quiet_transformers():
         output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
     written: list[list[int]] = output[:, longest:].tolist()

@@ -52,6 +52,14 @@ def test_generation_stops_at_a_stop_token_and_leaves_it_out(base: Any) -> None:
     assert generate(base.model, base.tokenizer, [prompt], max_new_tokens=6, stop=[stop]) == [free[:free.index(stop)]]
 
 
+def test_generation_is_greedy_whatever_the_base_prefers(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, plain = [5, 9, 31], base.model.generation_config
+    before = greedy(base.model, prompt, 6)
+    for name, value in {"repetition_penalty": 50.0, "do_sample": True, "temperature": 9.0, "num_beams": 3}.items():
+        monkeypatch.setattr(plain, name, value)
+    assert generate(base.model, base.tokenizer, [prompt], max_new_tokens=6) == [before]
+
+
 def test_generation_ends_where_the_positions_end(base: Any) -> None:
     prompts = [[5] * 62, [5] * 64]
     written = generate(base.model, base.tokenizer, prompts, max_new_tokens=10, batch_size=1)
