@@ -4,7 +4,6 @@ from deltaw.core.layers.adapted import (
     CHILD,
     Adapted,
     Rows,
-    adapted_parts,
     floating,
     parameter_owner,
     replace_parameter,
@@ -18,6 +17,6 @@ from deltaw.core.layers.substituted import AdaptedAttention, AdaptedParameters
 
 __all__ = [
     "CHILD", "SAVED_CHILD", "Adapted", "AdaptedAttention", "AdaptedConv", "AdaptedEmbedding", "AdaptedLinear",
-    "AdaptedModule", "AdaptedParameters", "LowRank", "Rows", "Slot", "TrainedBias", "adapted_parts", "floating",
+    "AdaptedModule", "AdaptedParameters", "LowRank", "Rows", "Slot", "TrainedBias", "floating",
     "parameter_owner", "replace_parameter",
 ]

@@ -151,16 +151,6 @@ def _key(parameter: str, adapter: str) -> str:
     return f"{quoted(parameter)}:{quoted(adapter)}"
 
 
-def adapted_parts(model: nn.Module) -> list[Adapted]:
-    """Every `Adapted` in a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, Adapted)]
-
-
-def is_trainable(slot: Slot) -> bool:
-    """Whether any parameter of a slot is trained."""
-    return any(p.requires_grad for p in slot.parameters())
-
-
 def parameter_owner(host: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds the parameter at `path` below `host`, and the parameter's own name."""
     owner, _, leaf = path.rpartition(".")
