@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deltaw.core.layers.adapted import Adapted, quoted
-from deltaw.core.layers.substituted import join_rows
+from deltaw.core.layers.substituted import join_rows, select_rows
 from deltaw.core.state import SwitchState
 
 SAVED_CHILD = "deltaw_saved"
@@ -65,11 +65,8 @@ class AdaptedModule(Adapted):
         size = args[0].shape[0] if args else next(iter(kwargs.values())).shape[0]
         parts = []
         for name, rows in route.rows(size, self.site, torch.device("cpu")).items():
-            def select(value: Any, rows: torch.Tensor = rows) -> Any:
-                is_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size
-                return value.index_select(0, rows.to(value.device)) if is_rows else value
-
+            some, named = select_rows(args, kwargs, rows, size)
             run = self.copies[name] if name is not None and name in self.copies else self.inner
             with self.state.only(name):
-                parts.append((rows, run(*map(select, args), **{k: select(v) for k, v in kwargs.items()})))
+                parts.append((rows, run(*some, **named)))
         return join_rows(parts, 0)

@@ -57,13 +57,9 @@ class AdaptedParameters(Adapted):
         size = first.shape[0]
         parts = []
         for name, rows in route.rows(size, self.site, self._device()).items():
-            def select(value: Any, rows: Tensor = rows) -> Any:
-                is_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-                return value.index_select(0, rows) if is_rows else value
-
+            some, named = select_rows(args, kwargs, rows, size)
             with self.state.only(name), self.substituted({} if name is None else {name: 1.0}):
-                output = self.inner(*map(select, args), **{k: select(v) for k, v in kwargs.items()})
-            parts.append((rows, output))
+                parts.append((rows, self.inner(*some, **named)))
         return join_rows(parts, 0)
 
     def _device(self) -> torch.device:
@@ -103,6 +99,16 @@ def _attention_rows(bound: Mapping[str, Any], rows: Tensor, dim: int, heads: int
     if mask is not None and mask.dim() == 3:  # (B·heads, L, S)
         chosen["attn_mask"] = mask.unflatten(0, (-1, heads)).index_select(0, rows).flatten(0, 1)
     return chosen
+
+
+def select_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Tensor,
+                size: int) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments for some rows of a batch: tensors whose first dimension has `size` entries are cut, others kept."""
+    def select(value: Any) -> Any:
+        is_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+        return value.index_select(0, rows.to(value.device)) if is_rows else value
+
+    return [select(v) for v in args], {k: select(v) for k, v in kwargs.items()}
 
 
 def join_rows(parts: list[tuple[Tensor, Any]], dim: int) -> Any:
