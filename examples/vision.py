@@ -8,8 +8,8 @@ is the usual first answer and is the baseline here, once with the same passes ov
 times as many, which gains it nothing more. The adapter changes the 1×1 convolutions too.
 
 The network stays in evaluation mode, also while it is trained: batch normalisation then uses the statistics that it
-came with. They belong to the base, which never changes, and are not part of an adapter. The 3×3 and 5×5 convolutions of
-this package pad their input in a forward of their own and are left alone.
+came with. They belong to the base, which never changes, and are not part of an adapter. This package's convolutions pad
+their input in a forward of their own, so each runs with W₀ + ΔW in the place of its weight.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def sliced(config: LoraConfig, site: Site, faults: list[Fault]) -> Geometry:
 
 def check_dropout(config: LoraConfig, chosen: Mapping[str, Site], faults: list[Fault]) -> None:
     """Refuse dropout where a weight is changed as a whole, for there is no input to drop."""
-    whole = next((s for s in chosen.values() if s.kind in ("parameter", "attention")), None)
+    whole = next((s for s in chosen.values() if s.substituted), None)
     if config.lora_dropout and whole is not None:
         faults.append(Fault("lora_dropout", f"got {config.lora_dropout}, and '{whole.name}' is changed as a whole", "0",
                             "There is no input to drop: leave it out of the targets, or train without dropout"))

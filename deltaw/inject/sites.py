@@ -30,6 +30,8 @@ class Site:
     host: str
     parameter: str
     geometry: Geometry
+    substituted: bool = False
+    """The host runs with W₀ + ΔW in the weight's place, for what it does with the weight is its own affair."""
 
     @property
     def kind(self) -> Kind:
@@ -61,7 +63,7 @@ def find_sites(model: nn.Module) -> SiteMap:
         elif name.rpartition(".")[0] in attention and name.endswith("out_proj"):
             continue  # its forward is never called: the attention hosts it
         elif (geometry := _geometry(module)) is not None:
-            weights[name] = Site(name, name, "weight", geometry)
+            weights[name] = Site(name, name, "weight", geometry, substituted=_convolves_its_way(module))
         else:
             parameters |= {site.name: site for site in _parameter_sites(name, module)}
     return SiteMap(weights, parameters, modules)
@@ -98,7 +100,7 @@ def adapted_class(host: nn.Module) -> type[Adapted]:
         case Geometry(kind="embedding"):
             return AdaptedEmbedding
         case Geometry(kind="conv"):
-            return AdaptedConv
+            return AdaptedParameters if _convolves_its_way(host) else AdaptedConv
         case _:
             return Adapted if isinstance(host, _NORMS) else AdaptedParameters
 
@@ -125,11 +127,15 @@ def _geometry(module: nn.Module) -> Geometry | None:
         if scaled and not isinstance(getattr(module, "embed_scale", None), (torch.Tensor, float, int)):
             return None
         return Geometry(kind="embedding", shape=_shape(module.weight))
-    plain = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c)), None)
-    if plain is not None and type(module).forward is plain.forward:  # one that pads by itself, say, is unlike its A
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return Geometry(kind="conv", shape=_shape(module.weight), groups=module.groups)
     return None
+
+
+def _convolves_its_way(module: nn.Module) -> bool:
+    """Whether this convolution pads its input or scales its weight in a forward of its own, which A's would not."""
+    plain = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c)), None)
+    return plain is not None and type(module).forward is not plain.forward
 
 
 def _attention_sites(name: str, module: nn.MultiheadAttention) -> list[Site]:
@@ -137,8 +143,8 @@ def _attention_sites(name: str, module: nn.MultiheadAttention) -> list[Site]:
     paths = {"in_proj": "in_proj_weight"} if module.in_proj_weight is not None else {
         "q_proj": "q_proj_weight", "k_proj": "k_proj_weight", "v_proj": "v_proj_weight"}
     paths["out_proj"] = "out_proj.weight"
-    return [Site(f"{prefix}{short}", name, path,
-                 Geometry(kind="attention", shape=_shape(module.get_parameter(path)))) for short, path in paths.items()]
+    return [Site(f"{prefix}{short}", name, path, Geometry(kind="attention", shape=_shape(module.get_parameter(path))),
+                 substituted=True) for short, path in paths.items()]
 
 
 def _parameter_sites(name: str, module: nn.Module) -> list[Site]:
@@ -150,7 +156,8 @@ def _parameter_sites(name: str, module: nn.Module) -> list[Site]:
         if parameter is not None and parameter.dim() in (2, 3):
             geometry = Geometry(kind="parameter", shape=_shape(parameter),
                                 transposed=transposed and parameter.dim() == 3)
-            sites.append(Site(f"{name}.{leaf}" if name else leaf, host, f"{held}.{leaf}" if held else leaf, geometry))
+            sites.append(Site(f"{name}.{leaf}" if name else leaf, host, f"{held}.{leaf}" if held else leaf, geometry,
+                              substituted=True))
     return sites
 
 

@@ -116,7 +116,7 @@ def _placed(adapter: Adapter, site: Site, delta: SiteDelta, hosts: Hosts, dtype:
         return Placed(site, TrainedBias(site.geometry, own(delta.tensors["bias"]), trainable=trainable))
     slot = LowRank(site.geometry, own(delta.A), own(delta.B), scaling=adapter.config.scaling(
         site.geometry.rank_of(delta.A, delta.B), site.name), dropout=adapter.config.lora_dropout
-        if site.kind not in ("parameter", "attention") else 0.0, trainable=trainable)
+        if not site.substituted else 0.0, trainable=trainable)
     return Placed(site, slot)
 
 
@@ -142,6 +142,9 @@ def _reconciled(site: Site, delta: SiteDelta) -> tuple[Site, Fault | None]:
         shape_A, shape_B = geometry.factor_shapes(max(rank, 1))
         return site, Fault(f"site '{site.name}'", shapes, f"A {shape_A}, B {shape_B} for a weight {geometry.shape}",
                            "The adapter was made for another base")
+    if site.substituted and geometry.is_dense_grouped(delta.A):
+        return site, Fault(f"site '{site.name}'", "a grouped convolution with a forward of its own and an ungrouped A, "
+                           "as PEFT trains it", "factors that follow the groups", "Train it with deltaw")
     return replace(site, geometry=geometry), None
 
 

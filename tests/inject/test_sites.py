@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.core import Geometry, LoraConfig
-from deltaw.errors import TargetError
+from deltaw.core import Adapter, Geometry, LoraConfig, SiteDelta
+from deltaw.errors import BaseMismatchError, TargetError
 from deltaw.inject import find_sites
 from deltaw.switch import attach
 from tests.laws import networks as net
@@ -69,16 +69,19 @@ def test_parameters_of_a_list_belong_to_the_module_that_runs() -> None:
     assert {(s.host, s.parameter) for s in sites.values()} == {("inside", f"matrices.{i}") for i in range(2)}
 
 
-class SelfPadding(nn.Conv2d):
-    """A convolution that pads in a forward of its own, as TensorFlow's "same" is often rebuilt."""
+def test_a_convolution_with_a_forward_of_its_own_is_changed_as_a_whole() -> None:
+    model = nn.ModuleDict({"own": net.SelfPadding(3, 4, 3), "plain": nn.Conv2d(3, 4, 3)})
+    sites = find_sites(model).weights
+    assert {name: (site.kind, site.substituted) for name, site in sites.items()} == {
+        "own": ("conv", True), "plain": ("conv", False)}
+    board = attach(model, LoraConfig(target_modules=["plain"], r=1, lora_dropout=0.1))
+    with pytest.raises(TargetError, match="'own' is changed as a whole"):
+        board.add("other", LoraConfig(target_modules=["own"], r=1, lora_dropout=0.1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pad one row and column at the end, then convolve."""
-        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
 
-
-def test_a_convolution_with_a_forward_of_its_own_is_refused_by_name() -> None:
-    model = nn.ModuleDict({"own": SelfPadding(3, 4, 3), "plain": nn.Conv2d(3, 4, 3)})
-    assert set(find_sites(model).weights) == {"plain"}
-    with pytest.raises(TargetError, match="SelfPadding"):
-        attach(model, LoraConfig(target_modules=["own"], r=1))
+def test_an_ungrouped_change_of_a_grouped_convolution_with_its_own_forward_is_refused() -> None:
+    config = LoraConfig(target_modules=["own"], r=2)
+    delta = SiteDelta(Geometry(kind="conv", shape=(4, 2, 3, 3), groups=2),
+                      {"lora_A": torch.ones(2, 4, 3, 3), "lora_B": torch.ones(4, 1, 1, 1)})
+    with pytest.raises(BaseMismatchError, match="forward of its own"):
+        attach(nn.ModuleDict({"own": net.SelfPadding(4, 4, 3, groups=2)}), Adapter(config, {"own": delta}, {}))

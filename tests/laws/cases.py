@@ -102,6 +102,8 @@ CASES = [
     _conv("conv2d_replicate", nn.Conv2d, (3, 5, 5), 3, 4, 3, padding=1, padding_mode="replicate"),
     _conv("conv2d_grouped", nn.Conv2d, (6, 5, 5), 6, 9, 3, groups=3, padding=1, r=3),
     _conv("conv2d_depthwise", nn.Conv2d, (4, 5, 5), 4, 8, 3, groups=4, stride=2),
+    _conv("conv2d_self_padding", net.SelfPadding, (3, 5, 5), 3, 4, 3),
+    _conv("conv2d_self_padding_grouped", net.SelfPadding, (4, 5, 5), 4, 6, 3, stride=2, groups=2),
     _conv("conv3d", nn.Conv3d, (2, 4, 5, 4), 2, 4, 3, padding=1),
     _conv("conv3d_grouped", nn.Conv3d, (4, 4, 3, 4), 4, 4, 2, groups=2, r=1),
     _attention("both", ["attention"]),

@@ -42,6 +42,14 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
 
 
+class SelfPadding(nn.Conv2d):
+    """A convolution that pads and scales its weight in a forward of its own, as "same" and standardised ones do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, self.bias, self.stride, groups=self.groups)
+
+
 class Positions(nn.Module):
     """Ids, and positions of shape (1, T) that all rows share."""
 

@@ -12,10 +12,11 @@ import torch
 
 from deltaw.bases import load_base
 from deltaw.data import load_data
+from deltaw.data.examples import Example, Prompt
 from deltaw.errors import ConfigError
 from deltaw.train import evaluate, generate, score_choices
 from deltaw.train.decoding import stop_tokens
-from deltaw.train.evaluation import accuracy, answers, macro_f1
+from deltaw.train.evaluation import _tail, accuracy, answers, macro_f1
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,21 @@ def test_choices_are_scored_by_their_summed_log_likelihood(base: Any) -> None:
             logits = base.model(torch.tensor([prompt + choice])).logits[0].double().log_softmax(-1)
             expected = sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(choice))
             assert scores[p, c].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class TurnsWithALineBreak:
+    """Encoded rows whose template writes a line break (41) after the token (3) that ends a turn."""
+
+    def prompt(self, row: int) -> Prompt:
+        return Prompt([5, 9], "R", "rows.jsonl:1")
+
+    def __getitem__(self, row: int) -> Example:
+        return Example([5, 9, 50, 3, 41], [-100, -100, 50, 3, -100], "rows.jsonl:1")
+
+
+def test_what_a_template_writes_after_a_turn_is_not_scored(base: Any) -> None:
+    rows: Any = TurnsWithALineBreak()
+    assert _tail(rows, 0) == [50, 3]
 
 
 def test_metrics_of_a_language_model(base: Any, data: Any) -> None:

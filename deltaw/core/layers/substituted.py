@@ -1,4 +1,5 @@
-"""Weights that a module uses in ways of its own: stacked experts, any 2-D or 3-D parameter, `nn.MultiheadAttention`.
+"""Weights that a module uses in ways of its own: stacked experts, any 2-D or 3-D parameter, `nn.MultiheadAttention`,
+convolutions that pad their input themselves.
 
 There is no input x to multiply by A, so the host runs with W₀ + s·BA in the place of its weight for the length of one
 forward. The base's parameter is not touched: the sum is a new tensor, and gradients flow through it to A and B.
