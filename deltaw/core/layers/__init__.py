@@ -10,13 +10,14 @@ from deltaw.core.layers.adapted import (
 )
 from deltaw.core.layers.conv import AdaptedConv
 from deltaw.core.layers.embedding import AdaptedEmbedding
-from deltaw.core.layers.linear import AdaptedLinear
+from deltaw.core.layers.linear import AdaptedLinear, share
 from deltaw.core.layers.saved import SAVED_CHILD, AdaptedModule
+from deltaw.core.layers.shared_input import watching
 from deltaw.core.layers.slots import LowRank, Slot, TrainedBias
 from deltaw.core.layers.substituted import AdaptedAttention, AdaptedParameters
 
 __all__ = [
     "CHILD", "SAVED_CHILD", "Adapted", "AdaptedAttention", "AdaptedConv", "AdaptedEmbedding", "AdaptedLinear",
     "AdaptedModule", "AdaptedParameters", "LowRank", "Rows", "Slot", "TrainedBias", "floating",
-    "parameter_owner", "replace_parameter",
+    "parameter_owner", "replace_parameter", "share", "watching",
 ]

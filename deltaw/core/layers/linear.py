@@ -1,16 +1,24 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
-One adapter costs two small products. A batch whose rows use different adapters costs two batched products, over factors
+One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
+with the layers that share its input. A batch whose rows use different adapters costs two batched products, over factors
 stacked by row, padded to the largest rank; while nothing is differentiated the stack is kept until it goes stale.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from deltaw.core.layers.adapted import Adapted
+from deltaw.core.kernels import Projection, low_rank_linear
+from deltaw.core.layers.adapted import CHILD, Adapted, floating
+from deltaw.core.layers.shared_input import calls
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
 from deltaw.core.state import Route
@@ -23,6 +31,76 @@ class AdaptedLinear(Adapted):
     """h = W₀x + s·B(Ax) on (..., I) → (..., O)."""
 
     bank: tuple[object, Tensor, Tensor] | None = None
+
+    followers: tuple[AdaptedLinear, ...] = ()
+    """Layers that are called after this one with its input; see `shared_input`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's output plus what is on; fused where that is known to give the same."""
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        if args and isinstance(args[0], Tensor):
+            calls.watch(self, args[0])
+        if len(args) != 1 or kwargs or not self.can_fuse(args[0]):
+            return super().forward(*args, **kwargs)
+        x: Tensor = args[0]
+        (name, weight), = self.active().items()
+        slot = self.slots[name]
+        if slot.dropout and self.training:
+            return low_rank_linear(x, [self.projection(name, weight)], slot.dropout)[0]
+
+        def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
+            return low_rank_linear(x, [layer.projection(name, weight) for layer in layers])
+
+        followers = [layer for layer in self.followers if layer.can_follow(x, name)]
+        return calls.take(self, x, (name, weight), followers, compute)
+
+    def active(self) -> dict[str, float]:
+        """The adapters that are on here for every row, with their weights."""
+        route = self.state.route
+        mix = self.state.mix if route is None else dict.fromkeys(route.unique, 1.0)
+        return {name: weight for name, weight in mix.items() if name in self.slots or name in self.biases}
+
+    def can_fuse(self, x: Any) -> bool:
+        """Whether this call is training of one adapter over a plain frozen layer, with nothing that looks inside."""
+        if not torch.is_grad_enabled() or type(x) is not Tensor or not x.numel():
+            return False
+        route, host, weight = self.state.route, self.host, self.host._parameters["weight"]
+        if (route is not None and not route.is_uniform) or not self._is_plain or type(weight) is not nn.Parameter:
+            return False
+        bias = host._parameters.get("bias")
+        if weight.requires_grad or weight.dtype != x.dtype or not floating(x) or weight.device != x.device \
+                or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype)):
+            return False
+        if self.state.compute_dtype not in (None, x.dtype) or lora.autocasts(x) or _transformed():
+            return False
+        active = self.active()
+        return len(active) == 1 and not self.biases.keys() & active.keys()
+
+    def can_follow(self, x: Tensor, name: str) -> bool:
+        """Whether this layer's output may be made before it is called: no hook of its host would notice."""
+        slot, host = self.slots.get(name), self.host
+        return (slot is not None and not (slot.dropout and self.training) and host._modules.get(CHILD) is self
+                and host.__dict__.get("forward") == self.forward and not host._forward_pre_hooks
+                and self.can_fuse(x) and self.in_features == x.shape[-1])
+
+    def projection(self, name: str, weight: float) -> Projection:
+        """The layer and one adapter's change as the fused product takes them."""
+        slot, W = self.slots[name], self.host.get_parameter("weight")
+        return Projection(W.t() if slot.geometry.transposed else W, self.host._parameters.get("bias"),
+                          *slot.factors(), slot.scaling * weight)
+
+    @property
+    def in_features(self) -> int:
+        """I, of the host."""
+        return next(iter(self.slots.values())).geometry.in_features
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the host runs the forward of its class, and that is a product with its weight and nothing else."""
+        loaded = sys.modules.get("transformers.pytorch_utils")  # not imported: then the host is no Conv1D
+        plain = (nn.Linear.forward, None if loaded is None else loaded.Conv1D.forward)
+        return self.own_forward is None and type(self.host).forward in plain
 
     def drop(self, adapter: str) -> None:
         """Forget one adapter's slots, and the stack: the next one's factors may come to lie at the same addresses."""
@@ -76,3 +154,25 @@ class AdaptedLinear(Adapted):
                              device=A_NRI.device)
         on = torch.tensor([name in position for name in route.names], device=A_NRI.device, dtype=dtype)
         return A_NRI.index_select(0, index), B_NOR.index_select(0, index) * on.view(-1, 1, 1)
+
+
+def share(runs: Sequence[Sequence[AdaptedLinear]]) -> list[Sequence[AdaptedLinear]]:
+    """Let the layers of each run, which get one tensor, be computed together; those called more than once stay alone.
+
+    Returns the groups of two and more.
+    """
+    times = Counter(id(layer) for run in runs for layer in run)
+    groups: list[Sequence[AdaptedLinear]] = []
+    for run in runs:
+        steady = [layer for layer in run if times[id(layer)] == 1]
+        for layer in run:
+            layer.followers = ()
+        if len(steady) > 1:
+            steady[0].followers = tuple(steady[1:])
+            groups.append(steady)
+    return groups
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know nothing of the fused node."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,177 @@
+"""The fused low-rank linear: all projections of one input, with one node in the autograd graph.
+
+    yᵢ = x Wᵢᵀ + bᵢ + sᵢ·(x' Aᵢᵀ) Bᵢᵀ        x' is x, or x after dropout; Wᵢ and bᵢ are frozen
+
+Plain autograd makes a node of each product, and a tensor as large as x or y for each sum between them. Here
+
+    forward     H = x' [A₁; A₂; …]ᵀ            one narrow product for all projections of x
+                yᵢ = x Wᵢᵀ, yᵢ += sᵢ·Hᵢ Bᵢᵀ    in place
+    backward    dH = [sᵢ·gᵢ Bᵢ]
+                dx = Σ gᵢ Wᵢ + dH [A₁; A₂; …]  every product added to the same tensor
+                dA = dHᵀ x',  dBᵢ = sᵢ·gᵢᵀ Hᵢ
+
+x is kept once, and neither BA nor any other matrix of W's size is made, except where the rank is so high that the
+gradient of all of W is the shorter way to dA and dB (`gradient_of_weight_is_shorter`, after RunLoRA, arXiv 2312.03415).
+No gradient is computed that nobody asked for. `reference` is the same in plain operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.core.methods import lora
+
+
+class Projection(NamedTuple):
+    """One linear layer over x: frozen W (O, I) in x's dtype and b (O,) or None, with A (R, I), B (O, R) and s."""
+
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def low_rank_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """The outputs (..., O) of all projections of x (..., I), in x's dtype. Dropout is drawn once for all of them.
+
+    W and b get no gradient. A and B may have another dtype: they are multiplied in x's, and their gradients come back
+    in their own.
+    """
+    keep = None if not dropout else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+    flat = [tensor for p in projections for tensor in (p.W, p.b, p.A, p.B)]
+    outputs: tuple[Tensor, ...] = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+        x, keep, 1.0 - dropout, tuple(p.scale for p in projections), *flat)
+    return outputs
+
+
+def reference(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """What `low_rank_linear` computes, without dropout, one plain operation after another."""
+    return tuple(lora.add_low_rank(F.linear(x, p.W, p.b), x, p.A, p.B, p.scale) for p in projections)
+
+
+def gradient_of_weight_is_shorter(tokens: int, inputs: int, outputs: int, rank: int) -> bool:
+    """Whether dA and dB cost fewer multiplications through gᵀx (O × I) than through the factors.
+
+    >>> gradient_of_weight_is_shorter(4096, 576, 576, 8), gradient_of_weight_is_shorter(4096, 576, 576, 512)
+    (False, True)
+    """
+    through_weight = tokens * inputs * outputs + 2 * rank * inputs * outputs
+    return through_weight < tokens * rank * (inputs + outputs)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The node. Tensors arrive as W, b, A, B for each projection in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, kept: float, scales: tuple[float, ...],
+                *flat: Tensor | None) -> tuple[Tensor, ...]:
+        W, b, A, B = _columns(flat)
+        x_NI = x.reshape(-1, x.shape[-1])
+        H = _dropped(x_NI, keep, kept) @ _stack(A, x.dtype).t()
+        outputs, start = [], 0
+        for i, scale in enumerate(scales):
+            y_NO = x_NI @ W[i].t() if b[i] is None else torch.addmm(b[i], x_NI, W[i].t())
+            h_NR = H[:, start:start + A[i].shape[0]]
+            y_NO.addmm_(h_NR, B[i].to(x.dtype).t(), alpha=scale)
+            outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[-1]))
+            start += A[i].shape[0]
+        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, *W, *A, *B)
+        ctx.kept, ctx.scales = kept, scales
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, keep, H, *rest = ctx.saved_tensors
+        count = len(ctx.scales)
+        W, A, B = rest[:count], rest[count:2 * count], rest[2 * count:]
+        x_NI = x.reshape(-1, x.shape[-1])
+        g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        wanted = [ctx.needs_input_grad[4 + i] for i in range(4 * count)]
+        for_A, for_B = wanted[2::4], wanted[3::4]
+        dx = dH = None
+        if ctx.needs_input_grad[0] or any(for_A):
+            dH = torch.cat([x_NI.new_zeros(len(x_NI), A_RI.shape[0]) if g_NO is None else
+                            (g_NO @ B_OR.to(x.dtype)).mul_(scale)
+                            for g_NO, A_RI, B_OR, scale in zip(g, A, B, ctx.scales, strict=True)], 1)
+        if ctx.needs_input_grad[0]:
+            assert dH is not None
+            dx = _gradient_of_x(x, keep, ctx.kept, g, W, dH, _stack(A, x.dtype))
+        dA: list[Tensor | None] = [None] * count
+        dB: list[Tensor | None] = [None] * count
+        if any(for_A) or any(for_B):
+            dropped = _dropped(x_NI, keep, ctx.kept)
+            if torch.is_grad_enabled():
+                H = None  # kept as a value: a second derivative needs its graph
+            if all(gradient_of_weight_is_shorter(len(x_NI), w.shape[1], w.shape[0], a.shape[0])
+                   for w, a in zip(W, A, strict=True)):
+                dA, dB = _through_weight(dropped, g, A, B, ctx.scales)
+            else:
+                dA, dB = _through_factors(dropped, g, A, B, ctx.scales, H, dH, any(for_B))
+        flat = [t for i in range(count) for t in (None, None, dA[i] if for_A[i] else None, dB[i] if for_B[i] else None)]
+        return (dx, None, None, None, *flat)
+
+
+def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tensor | None], W: Sequence[Tensor],
+                   dH: Tensor, A: Tensor) -> Tensor:
+    dx_NI: Tensor | None = None
+    if keep is not None:
+        dx_NI = _dropped(dH @ A, keep, kept)
+    for g_NO, W_OI in zip(g, W, strict=True):
+        if g_NO is not None:
+            dx_NI = g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
+    assert dx_NI is not None  # the engine calls a node only when one of its outputs has a gradient
+    return (dx_NI if keep is not None else dx_NI.addmm_(dH, A)).view(x.shape)
+
+
+def _through_factors(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tensor], B: Sequence[Tensor],
+                     scales: Sequence[float], H: Tensor | None, dH: Tensor | None,
+                     for_B: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """dA = dHᵀ x and dB = s·gᵀ H."""
+    ranks = [A_RI.shape[0] for A_RI in A]
+    dA: list[Tensor | None] = [None] * len(A)
+    dB: list[Tensor | None] = [None] * len(A)
+    if dH is not None:
+        dA = [part.to(A_RI.dtype) for part, A_RI in zip(torch.split(dH.t() @ x_NI, ranks), A, strict=True)]
+    if for_B:
+        if H is None:
+            H = x_NI @ _stack(A, x_NI.dtype).t()
+        dB = [None if g_NO is None else (g_NO.t() @ h_NR).mul_(scale).to(B_OR.dtype)
+              for g_NO, h_NR, scale, B_OR in zip(g, torch.split(H, ranks, 1), scales, B, strict=True)]
+    return dA, dB
+
+
+def _through_weight(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tensor], B: Sequence[Tensor],
+                    scales: Sequence[float]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """dW = s·gᵀ x, then dA = Bᵀ dW and dB = dW Aᵀ."""
+    dA: list[Tensor | None] = []
+    dB: list[Tensor | None] = []
+    for g_NO, A_RI, B_OR, scale in zip(g, A, B, scales, strict=True):
+        if g_NO is None:
+            dA.append(None)
+            dB.append(None)
+            continue
+        dW_OI = (g_NO.t() @ x_NI).mul_(scale)
+        dA.append((B_OR.to(dW_OI.dtype).t() @ dW_OI).to(A_RI.dtype))
+        dB.append((dW_OI @ A_RI.to(dW_OI.dtype).t()).to(B_OR.dtype))
+    return dA, dB
+
+
+def _columns(flat: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Sequence[Tensor]]:
+    """W, b, A and B of all projections, from W, b, A, B of each in turn."""
+    return flat[0::4], flat[1::4], flat[2::4], flat[3::4]
+
+
+def _stack(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[A₁; A₂; …] in one dtype."""
+    return A[0].to(dtype) if len(A) == 1 else torch.cat([A_RI.to(dtype) for A_RI in A])
+
+
+def _dropped(x_NI: Tensor, keep: Tensor | None, kept: float) -> Tensor:
+    """x where `keep` is true, divided by the share that is kept."""
+    return x_NI if keep is None else (x_NI * keep.reshape(x_NI.shape)).div_(kept)
