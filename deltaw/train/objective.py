@@ -10,20 +10,34 @@ Units are supervised tokens for language models and rows for classifiers. ℓ is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import BaseModelError, Fault
+from deltaw.train.cross_entropy import OutputLayer, Terms, as_is, token_loss
 
 IGNORED = -100
 """The label of a position that is not learned from."""
 
 Inputs = Mapping[str, Tensor]
 """A collated batch: `labels` beside what the model's forward takes."""
+
+
+Finish = Callable[[Tensor], Tensor]
+_PROBE = 8
+"""Rows of the first batch on which a model's own logits are looked at."""
+_FINISHES: Mapping[str, Callable[..., Tensor]] = {
+    "final_logit_softcapping": lambda z, value: value * torch.tanh(z / value),  # Gemma 2
+    "logit_scale": lambda z, value: z * value,  # Cohere
+    "logits_scaling": lambda z, value: z / value,  # Granite
+}
+"""What models of transformers do to their logits, by the setting of their config that says how much."""
 
 
 class Objective(Protocol):
@@ -39,13 +53,17 @@ class Objective(Protocol):
 class CausalLoss:
     """Σ -log p(token | tokens before it) over the supervised tokens (`labels` other than -100).
 
-    The logits are computed for supervised positions only: with short answers to long prompts that saves most of the
-    output layer's time, and the memory of (batch, length, vocabulary). Values are those of the full logits.
+    The hidden states of supervised positions are taken before the output layer, and the loss is computed from them a
+    stretch at a time (`cross_entropy`): the logits of a batch never exist. How a model treats its logits after that
+    layer (a scale, a cap) is found by comparing with its own on a few rows of the first batch; one that does something
+    else is asked for its own logits, of supervised positions only.
     """
 
-    def __init__(self, *, every_position: bool = False) -> None:
+    def __init__(self, *, every_position: bool = False, terms: Terms | None = None) -> None:
         """`every_position` computes all logits, which an output layer needs that treats rows by their place."""
         self.every_position = every_position
+        self.terms = terms if terms is not None else Terms()
+        self._layers: WeakKeyDictionary[nn.Module, OutputLayer | None] = WeakKeyDictionary()
 
     def units(self, batch: Inputs) -> int:
         """The number of tokens that are predicted; the first of a row never is."""
@@ -53,28 +71,65 @@ class CausalLoss:
 
     def loss(self, model: nn.Module, batch: Inputs) -> Tensor:
         """The summed cross entropy."""
+        if not self.every_position and not self.uses_own_logits(model):
+            total = self._stretched(model, batch)
+            if total is not None:
+                return total
         logits_NV, targets_N = self.supervised_logits(model, batch)
-        return F.cross_entropy(_wide(logits_NV), targets_N, reduction="sum")
+        z_NV = _wide(logits_NV)
+        total = F.cross_entropy(z_NV, targets_N, reduction="sum", label_smoothing=self.terms.smoothing)
+        return total + self.terms.z_loss * z_NV.logsumexp(1).square().sum() if self.terms.z_loss else total
+
+    def uses_own_logits(self, model: nn.Module) -> bool:
+        """Whether this model was found to do something to its logits that is not known here."""
+        return model in self._layers and self._layers[model] is None
+
+    def _stretched(self, model: nn.Module, batch: Inputs) -> Tensor | None:
+        """The loss from hidden states; None where this model does not let it be computed so."""
+        head = _output_layer(model)
+        if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
+            self._layers[model] = None
+            return None
+        inputs, where, targets_N = _positions(batch)
+        known = self._layers.get(model)
+        # A quantized layer may not take an empty input.
+        rows = _PROBE if known is None else 0 if type(head) is nn.Linear else 1
+        seen: list[Tensor] = []
+
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(args[0].flatten(0, -2).index_select(0, where))
+            return (seen[-1][None, :rows].detach(), *args[1:])
+
+        drawn = _random_state() if known is None else None
+        hook = head.register_forward_pre_hook(take)
+        try:
+            logits = model(**inputs, use_cache=False).logits
+        finally:
+            hook.remove()
+        if drawn is not None:
+            finish = _finish(model, head, seen, logits)
+            known = self._layers[model] = None if finish is None else OutputLayer(head, finish)
+            if known is None:
+                _set_random_state(drawn)  # the forward is done again, with the same dropout
+        return None if known is None else token_loss(seen[0], targets_N, known, self.terms)
 
     def supervised_logits(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (N, V) at the N supervised positions in row-major order, and the tokens (N,) that follow there."""
-        labels_BT = batch["labels"]
-        next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
-        supervised_BT = next_BT != IGNORED
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs, where, targets_N = _positions(batch)
         head = None if self.every_position else _output_layer(model)
         if head is None:
             logits = model(**inputs, use_cache=False).logits
         else:
-            hook = head.register_forward_pre_hook(lambda _, args: (args[0][supervised_BT][None], *args[1:]))
+            hook = head.register_forward_pre_hook(
+                lambda _, args: (args[0].flatten(0, -2).index_select(0, where)[None], *args[1:]))
             try:
                 logits = model(**inputs, use_cache=False).logits
             finally:
                 hook.remove()
         # A model that reads the weight of its output layer directly never runs the hook and returns all logits. The two
         # shapes cannot be confused: a row's last position is never supervised, so N < T where there is one row.
-        logits_NV = logits[supervised_BT] if logits.shape[:2] == labels_BT.shape else logits[0]
-        return logits_NV, next_BT[supervised_BT]
+        every = logits.shape[:2] == batch["labels"].shape
+        return (logits.flatten(0, 1).index_select(0, where) if every else logits[0]), targets_N
 
 
 class ClassLoss:
@@ -112,6 +167,41 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
                                    "For another network, write an Objective and call deltaw.train.fit"))
     head = model.get_output_embeddings()
     return head if isinstance(head, nn.Module) else None
+
+
+def _positions(batch: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What the model's forward takes; the N supervised places in the flattened batch; the tokens that follow there."""
+    next_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    where = (next_BT != IGNORED).flatten().nonzero().squeeze(1)
+    return {n: t for n, t in batch.items() if n != "labels"}, where, next_BT.flatten().index_select(0, where)
+
+
+@torch.no_grad()
+def _finish(model: nn.Module, head: nn.Module, seen: Sequence[Tensor], logits: Tensor) -> Finish | None:
+    """What the model does to its logits after the output layer, if it is one of the known things; else None."""
+    if len(seen) != 1 or not len(seen[0]) or logits.shape[:-1] != (1, min(_PROBE, len(seen[0]))):
+        return None
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known: list[Finish] = [as_is]
+    for name, act in _FINISHES.items():
+        value = getattr(text, name, None)
+        if isinstance(value, (int, float)) and value:
+            known.append(partial(act, value=float(value)))
+    own, raw = _wide(logits[0]), head(seen[0][:_PROBE])
+    near = 1e-5 if raw.dtype in (torch.float32, torch.float64) else 2e-2
+    return next((act for act in known if raw.shape == own.shape and
+                 bool(((_wide(act(raw)) - own).abs() <= near * (1 + own.abs())).all())), None)
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    for device, drawn in enumerate(state[1]):
+        torch.cuda.set_rng_state(drawn, device)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -35,6 +35,16 @@ def gemma(**fields: Any) -> Any:
         num_key_value_heads=2, final_logit_softcapping=2.0, pad_token_id=0, **fields)).eval()
 
 
+def of_transformers(kind: str, **fields: Any) -> Any:
+    """A tiny causal model of this family."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, **fields)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 @pytest.mark.parametrize("every_position", [False, True])
 def test_causal_loss_and_gradient_equal_those_of_all_logits(kind: str, every_position: bool, tiny_llama: Any,
@@ -58,8 +68,14 @@ def test_only_supervised_positions_reach_the_output_layer(tiny_llama: Any, text_
     model, batch = tiny_llama(), next(text_batches()).inputs
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
-    CausalLoss().loss(model, batch)
-    assert seen == [(1, CausalLoss().units(batch), 64)]
+    objective = CausalLoss()
+    units = objective.units(batch)
+    objective.loss(model, batch)
+    few = min(8, units)  # on which the first batch is compared
+    assert seen == [(1, few, 64), (few, 64), (units, 64)]
+    seen.clear()
+    objective.loss(model, batch)
+    assert seen == [(1, 0, 64), (units, 64)]
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 
@@ -75,8 +91,44 @@ def test_a_model_that_bypasses_its_output_module(tiny_llama: Any, text_batches: 
     expected = plain_loss(model, batch)[0].item()
     head = model.lm_head
     model.get_output_embeddings = lambda: torch.nn.Linear(1, 1)  # never called in the forward: its hook never runs
-    assert CausalLoss().loss(model, batch).item() == pytest.approx(expected, rel=1e-6)
+    objective = CausalLoss()
+    assert objective.loss(model, batch).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.uses_own_logits(model)
     assert model.lm_head is head
+
+
+@pytest.mark.parametrize(("kind", "fields"), [
+    ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}), ("Cohere", {"logit_scale": 0.3}),
+    ("Granite", {"logits_scaling": 3.0})])
+def test_what_a_model_does_to_its_logits_is_found(kind: str, fields: dict[str, Any],
+                                                  text_batches: Callable[..., Any]) -> None:
+    model, batch = of_transformers(kind, **fields), next(text_batches()).inputs
+    objective = CausalLoss()
+    expected = plain_loss(model, batch)[0].item()
+    for _ in range(2):
+        assert objective.loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert not objective.uses_own_logits(model)
+
+
+def test_a_model_that_does_something_unknown_is_asked_for_its_own_logits(tiny_llama: Any,
+                                                                        text_batches: Callable[..., Any]) -> None:
+    class Odd(type(tiny_llama())):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = torch.nn.functional.dropout(output.logits.sin() * 3, 0.3, self.training)
+            return output
+
+    model, batch = Odd(tiny_llama().config).train(), next(text_batches()).inputs
+    objective = CausalLoss()
+    torch.manual_seed(1)
+    losses = [objective.loss(model, batch).item() for _ in range(2)]
+    assert objective.uses_own_logits(model)
+    torch.manual_seed(1)
+    assert [objective.loss(model, batch).item() for _ in range(2)] == losses
+    torch.manual_seed(1)
+    assert [CausalLoss().loss(model, batch).item(), objective.loss(model, batch).item()] == losses
+    model.eval()
+    assert objective.loss(model, batch).item() == pytest.approx(plain_loss(model, batch)[0].item(), rel=1e-6)
 
 
 def test_the_loss_is_computed_in_float32(tiny_llama: Any, text_batches: Callable[..., Any]) -> None:

@@ -1,0 +1,181 @@
+"""Cross entropy from hidden states, a stretch of tokens at a time: the logits of a batch never exist together.
+
+    ℓ = (1-ε)·(lse(z) - z_t) + ε·(lse(z) - mean z) + ζ·lse(z)²        z = head(h), t the next token
+
+The logits of 1,024 tokens over a vocabulary of 49,152 take 200 MB, and plain autograd makes that four times. Here both
+the loss and its gradient are computed while a stretch's logits are at hand, in float32 or wider, in two buffers that
+all stretches use. For a frozen linear head the gradient is written out,
+
+    dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,
+
+and for any other (adapted, quantized, scaled or capped) it is taken by autograd, one stretch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaw.core.layers import CHILD, AdaptedLinear
+
+STRETCH_VALUES = 1 << 24
+"""Logits that exist at once: 64 MB of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is added to the negative log-likelihood; nothing by default."""
+
+    smoothing: float = 0.0
+    """ε: the share of a label's weight that is spread over the vocabulary."""
+    z_loss: float = 0.0
+    """ζ: the weight of the squared log-partition, which keeps logits from drifting."""
+
+
+def as_is(logits: Tensor) -> Tensor:
+    """What most models do to their logits after the output layer."""
+    return logits
+
+
+class OutputLayer:
+    """The module that turns hidden states (N, I) into logits (N, V), and what the model does with them after it."""
+
+    def __init__(self, head: nn.Module, finish: Callable[[Tensor], Tensor] = as_is) -> None:
+        self.head, self.finish = head, finish
+
+    def logits(self, h_NI: Tensor) -> Tensor:
+        """The model's logits."""
+        return self.finish(self.head(h_NI))
+
+    def trained(self) -> list[Tensor]:
+        """Tensors of the layer that want a gradient and take part."""
+        own = self.head._parameters.values() if self._is_idle else self.head.parameters()
+        return [p for p in own if p is not None and p.requires_grad]
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return int(self.head.get_parameter("weight").shape[0])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a frozen product with a weight and nothing else, now."""
+        return (self.finish is as_is and self._is_idle and type(self.head).forward is nn.Linear.forward
+                and not self.trained() and not self.head._forward_hooks and not self.head._forward_pre_hooks)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the layer runs the forward of its class, or would but for adapters none of which is on."""
+        adapted, replaced = self.head._modules.get(CHILD), self.head.__dict__.get("forward")
+        if isinstance(adapted, AdaptedLinear) and replaced == adapted.forward:
+            return adapted.own_forward is None and not adapted.active()
+        return replaced is None
+
+
+def token_loss(h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms | None = None) -> Tensor:
+    """The loss summed over N tokens; a scalar in float32, or float64 for such hidden states."""
+    terms = terms if terms is not None else Terms()
+    trained = layer.trained()
+    if torch.is_grad_enabled() and (h_NI.requires_grad or trained):
+        total: Tensor = _TokenLoss.apply(h_NI, targets_N, layer, terms, *trained)  # type: ignore[no-untyped-call]
+        return total
+    return _Sums(h_NI, targets_N, layer, terms).total
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The loss, whose gradients are ready before they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms,
+                *trained: Tensor) -> Tensor:
+        sums = _Sums(h_NI, targets_N, layer, terms, trained, gradients=True)
+        ctx.gradients = (sums.dh_NI if h_NI.requires_grad else None, *sums.d_trained)
+        return sums.total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dh, *rest = (None if g is None else g * gradient.to(g.dtype) for g in ctx.gradients)
+        del ctx.gradients
+        return (dh, None, None, None, *rest)
+
+
+class _Sums:
+    """The pass over all stretches."""
+
+    def __init__(self, h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms,
+                 trained: Sequence[Tensor] = (), *, gradients: bool = False) -> None:
+        self.wide = torch.promote_types(h_NI.dtype, torch.float32)
+        self.layer, self.terms, self.trained, self.gradients = layer, terms, trained, gradients
+        self.dh_NI = torch.empty_like(h_NI) if gradients else None
+        self.d_trained: list[Tensor | None] = [None] * len(trained)
+        total = torch.zeros((), dtype=torch.float64, device=h_NI.device)
+        plain, rows = layer.is_plain, max(1, STRETCH_VALUES // layer.vocabulary)
+        self.buffers: dict[str, Tensor] = {}
+        for start in range(0, len(h_NI), rows):
+            stretch = slice(start, start + rows)
+            add = self.plain if plain and h_NI.dtype == layer.head.weight.dtype else self.any
+            total += add(h_NI[stretch].detach(), targets_N[stretch], stretch)
+        self.total = total.to(self.wide)
+
+    def plain(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
+        """A stretch through a frozen linear head, with the gradient written out."""
+        with torch.no_grad():
+            W_VI, b_V = self.layer.head.get_parameter("weight"), self.layer.head._parameters.get("bias")
+            z_NV = self.buffer("logits", len(h_NI), len(W_VI), h_NI.dtype)
+            torch.mm(h_NI, W_VI.t(), out=z_NV)
+            if b_V is not None:
+                z_NV += b_V
+            column_N1 = targets_N.unsqueeze(1)
+            z_target_N1 = z_NV.gather(1, column_N1).to(self.wide)
+            log_p_NV = self.buffer("log p", len(h_NI), len(W_VI), self.wide)
+            torch.log_softmax(z_NV, 1, dtype=self.wide, out=log_p_NV)
+            log_p_target_N1 = log_p_NV.gather(1, column_N1)
+            lse_N1 = z_target_N1 - log_p_target_N1
+            eps, zeta = self.terms.smoothing, self.terms.z_loss
+            loss_N1 = -(1 - eps) * log_p_target_N1
+            if eps:
+                loss_N1 -= eps * log_p_NV.mean(1, keepdim=True)
+            if zeta:
+                loss_N1 += zeta * lse_N1.square()
+            if self.dh_NI is not None:
+                dz_NV = log_p_NV.exp_()
+                if zeta:
+                    dz_NV *= 1 + 2 * zeta * lse_N1
+                if eps:
+                    dz_NV -= eps / len(W_VI)
+                dz_NV.scatter_add_(1, column_N1, torch.full_like(loss_N1, eps - 1))
+                torch.mm(dz_NV if dz_NV.dtype == h_NI.dtype else z_NV.copy_(dz_NV), W_VI, out=self.dh_NI[stretch])
+            return loss_N1.sum(dtype=torch.float64)
+
+    def any(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
+        """A stretch through whatever the output layer is."""
+        if not self.gradients:
+            return self.loss(self.layer.logits(h_NI), targets_N).to(torch.float64)
+        with torch.enable_grad():
+            leaf = h_NI.requires_grad_()
+            loss = self.loss(self.layer.logits(leaf), targets_N)
+            dh, *rest = torch.autograd.grad(loss, [leaf, *self.trained], allow_unused=True)
+        if dh is not None and self.dh_NI is not None:
+            self.dh_NI[stretch] = dh
+        self.d_trained = [part if total is None else total if part is None else total.add_(part)
+                          for total, part in zip(self.d_trained, rest, strict=True)]
+        return loss.detach().to(torch.float64)
+
+    def loss(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """The summed loss of logits, in plain operations."""
+        z_NV = z_NV.to(self.wide)
+        loss = F.cross_entropy(z_NV, targets_N, reduction="sum", label_smoothing=self.terms.smoothing)
+        return loss + self.terms.z_loss * z_NV.logsumexp(1).square().sum() if self.terms.z_loss else loss
+
+    def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A buffer that the stretches share; the last one may need fewer rows."""
+        if name not in self.buffers:
+            device = self.layer.head.get_parameter("weight").device
+            self.buffers[name] = torch.empty(rows, columns, dtype=dtype, device=device)
+        return self.buffers[name][:rows]
