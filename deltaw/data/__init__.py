@@ -3,7 +3,7 @@
 `load_data` does the first two in one call; `BatchStream` and `collate` make batches of what it gives.
 """
 
-from deltaw.data.collate import collate
+from deltaw.data.collate import collate, pack
 from deltaw.data.examples import EncodedData, EncodeStats, Example, LabelledExample, Prompt, load_data
 from deltaw.data.read import available_splits, open_source
 from deltaw.data.rows import Chat, Labelled, Message, PromptCompletion, Text
@@ -13,5 +13,5 @@ from deltaw.data.stream import BatchStream, Subset, in_order, split_valid
 __all__ = [
     "BatchStream", "Chat", "EncodeStats", "EncodedData", "Example", "Labelled", "LabelledExample", "Message", "Prompt",
     "PromptCompletion", "Row", "Source", "Subset", "Text", "available_splits", "collate", "in_order", "load_data",
-    "open_source", "split_valid",
+    "open_source", "pack", "split_valid",
 ]

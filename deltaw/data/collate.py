@@ -1,4 +1,4 @@
-"""Examples of different lengths into the tensors of one batch, padded on the right."""
+"""Examples of different lengths into the tensors of one batch: padded on the right, or laid end to end."""
 
 from __future__ import annotations
 
@@ -34,6 +34,23 @@ def collate(examples: Sequence[Example | LabelledExample], pad_id: int | None, *
     if any(any(example.token_type_ids) for example in labelled):
         batch["token_type_ids"] = _padded([example.token_type_ids for example in labelled], n, 0)
     return batch
+
+
+def pack(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The examples end to end in one row of T tokens: `input_ids`, `labels` and `position_ids` (1, T).
+
+    Positions start anew at each example, `cu_seq_lens_q` (int32, B + 1) says where, and the first token of each has no
+    label: nothing is predicted across the border. Only a model whose attention keeps the examples apart may read this
+    (`deltaw.bases.packed_attention`); the mask is a placeholder that keeps transformers from making one of T × T.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    return {
+        "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
+        "labels": torch.tensor([[label for example in examples for label in (IGNORED, *example.labels[1:])]]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+        "attention_mask": torch.zeros(1, 1, 1, 1),
+        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+    }
 
 
 def _padded(rows: Sequence[list[int]], n: int, fill: int) -> Tensor:

@@ -45,14 +45,18 @@ class Subset(Generic[_Item]):
 class BatchStream(Generic[_Item]):
     """An endless iterator over batches, epoch after epoch; the last batch of an epoch may be smaller.
 
-    With `lengths`, the token count of each example, batches hold examples of similar length: every stretch of 50
-    shuffled batches is sorted, and the batches are shuffled again. The order is then less random and padding far
-    smaller.
+    With `lengths`, the token count of each example, and `grouped`, batches hold examples of similar length: every
+    stretch of 50 shuffled batches is sorted, and the batches are shuffled again. The order is then less random and
+    padding far smaller. With `max_tokens` a batch ends before it has more tokens than that, and `batch_size` is the
+    most examples that it may have; an example that is longer is a batch by itself.
     """
 
     def __init__(self, examples: Examples[_Item], batch_size: int, seed: int, *, shuffle: bool = True,
-                 lengths: Sequence[int] | NDArray[np.int64] | None = None, drop_last: bool = False) -> None:
+                 lengths: Sequence[int] | NDArray[np.int64] | None = None, grouped: bool = True,
+                 max_tokens: int | None = None, drop_last: bool = False) -> None:
         faults = []
+        if max_tokens is not None and (max_tokens < 1 or lengths is None or drop_last):
+            faults.append(Fault("max_tokens", f"got {max_tokens}", "at least 1, with lengths and without drop_last"))
         if batch_size < 1:
             faults.append(Fault("batch_size", f"got {batch_size}", "at least 1"))
         if seed < 0:
@@ -67,28 +71,27 @@ class BatchStream(Generic[_Item]):
         self._examples, self._batch_size, self._seed = examples, batch_size, seed
         self._shuffle, self._drop_last = shuffle, drop_last
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._grouped, self._max_tokens = grouped and lengths is not None, max_tokens
         self.epoch = 0
         """Epochs completed."""
         self.position = 0
         """Batches of this epoch that have been given."""
-        self._order = self._plan(0)
+        self._batches = self._plan(0)
 
     @property
     def batches_per_epoch(self) -> int:
-        """The number of batches of one epoch."""
-        whole, rest = divmod(len(self._examples), self._batch_size)
-        return whole + (rest > 0 and not self._drop_last)
+        """The number of batches of this epoch; with `max_tokens` it differs a little between epochs."""
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[_Item]]:
         return self
 
     def __next__(self) -> list[_Item]:
-        start = self.position * self._batch_size
-        batch = [self._examples[int(i)] for i in self._order[start:start + self._batch_size]]
+        batch = [self._examples[int(i)] for i in self._batches[self.position]]
         self.position += 1
         if self.position == self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._plan(self.epoch)
+            self._batches = self._plan(self.epoch)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,37 +104,53 @@ class BatchStream(Generic[_Item]):
                         "Resume with the same data and options") for name, value in self._identity().items()
                   if state.get(name) != value]
         epoch, position = state.get("epoch"), state.get("position")
-        if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0
-                and 0 <= position < self.batches_per_epoch):
+        batches = self._plan(epoch) if isinstance(epoch, int) and epoch >= 0 else []
+        if not (isinstance(position, int) and 0 <= position < len(batches)):
             faults.append(Fault("data stream", f"has the place epoch {epoch}, batch {position}",
-                                f"a batch of the {self.batches_per_epoch} of an epoch"))
+                                f"a batch of the {len(batches)} of an epoch"))
         if faults:
             raise StateError(*faults)
         assert isinstance(epoch, int)
         assert isinstance(position, int)
-        self.epoch, self.position = epoch, position
-        self._order = self._plan(epoch)
+        self.epoch, self.position, self._batches = epoch, position, batches
 
     def _identity(self) -> dict[str, Any]:
         return {"examples": len(self._examples), "batch_size": self._batch_size, "seed": self._seed,
-                "shuffle": self._shuffle, "grouped": self._lengths is not None, "drop_last": self._drop_last}
+                "shuffle": self._shuffle, "grouped": self._grouped, "drop_last": self._drop_last} \
+            | ({} if self._max_tokens is None else {"max_tokens": self._max_tokens})
 
-    def _plan(self, epoch: int) -> NDArray[np.int64]:
-        """The examples of an epoch in order; batches are consecutive runs of it."""
+    def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The examples of each batch of an epoch."""
         n, size = len(self._examples), self._batch_size
         if not self._shuffle:
-            return np.arange(n)
+            return self._cut(np.arange(n))
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
         order = generator.permutation(n)
-        if self._lengths is None:
-            return order
+        if not self._grouped:
+            return self._cut(order)
+        assert self._lengths is not None
         stretch = size * _GROUPED_BATCHES
         for start in range(0, n, stretch):
             part = order[start:start + stretch]
             order[start:start + stretch] = part[np.argsort(self._lengths[part], kind="stable")]
-        whole = n // size * size  # the batch that may be smaller stays last
-        batches = order[:whole].reshape(-1, size)
-        return np.concatenate([batches[generator.permutation(len(batches))].reshape(-1), order[whole:]])
+        batches = self._cut(order)
+        whole = len(batches) if self._max_tokens is not None else n // size  # the one that may be smaller stays last
+        return [*(batches[i] for i in generator.permutation(whole)), *batches[whole:]]
+
+    def _cut(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Consecutive runs of the order, as large as a batch may be."""
+        size = self._batch_size
+        if self._max_tokens is None:
+            stop = len(order) // size * size if self._drop_last else len(order)
+            return [order[at:min(at + size, stop)] for at in range(0, stop, size)]
+        assert self._lengths is not None
+        edges, tokens = [0], 0
+        for at, length in enumerate(self._lengths[order].tolist()):
+            if at > edges[-1] and (at - edges[-1] == size or tokens + length > self._max_tokens):
+                edges.append(at)
+                tokens = 0
+            tokens += length
+        return np.split(order, edges[1:])
 
 
 def in_order(examples: Examples[_Item], batch_size: int) -> Iterator[list[_Item]]:

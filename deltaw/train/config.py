@@ -60,8 +60,12 @@ class TrainConfig:
     """Optimizer steps; overrides epochs."""
     batch_size: int = 8
     """Examples per forward pass. LoRA loses more than full fine-tuning from large batches."""
+    batch_tokens: int | None = None
+    """Most tokens of a batch; it then has as many examples as fit, up to batch_size."""
     group_by_length: bool = True
     """Make batches of examples of similar length, so that little is padded."""
+    packing: Literal["auto", "off"] = "auto"
+    """Lay a batch's examples end to end instead of padding them, where the base's attention keeps them apart."""
     grad_accumulation: int = 1
     """Forward passes per optimizer step; their loss is averaged over all supervised tokens of the step."""
     learning_rate: float = 5e-4
@@ -78,6 +82,16 @@ class TrainConfig:
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's term against division by zero."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with float32 state, or with 8-bit state by bitsandbytes."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: the learning rate of B as a multiple of A's; 16 is usual."""
+    freeze_a: bool = False
+    """LoRA-FA: train B alone over a random A."""
+    label_smoothing: float = 0.0
+    """Share of each label's weight that is spread over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of the logits, which keeps them from drifting."""
     max_grad_norm: float = 1.0
     """Length to which the gradient is cut; 0 leaves it as it is."""
 
@@ -85,8 +99,10 @@ class TrainConfig:
     """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
     dtype: str = "auto"
     """Number format of the base: bf16, fp32, or auto (bf16 where the processor is fast at it)."""
-    gradient_checkpointing: bool = False
-    """Save memory by computing activations twice."""
+    gradient_checkpointing: Literal["off", "layer", "attention"] = "off"
+    """Save memory by computing activations twice: those of each layer, or of its attention only."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the base's layers; auto does it where the run is long enough and a measured step is faster."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
     seed: int = 0
@@ -129,6 +145,8 @@ class TrainConfig:
         metrics: Any = self.metrics
         single = isinstance(metrics, str) or callable(metrics)
         object.__setattr__(self, "metrics", (metrics,) if single else tuple(metrics))
+        if isinstance(self.gradient_checkpointing, bool):
+            object.__setattr__(self, "gradient_checkpointing", "layer" if self.gradient_checkpointing else "off")
         if isinstance(self.betas, Sequence):
             object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.columns, Mapping):
@@ -224,6 +242,10 @@ def _faults(config: TrainConfig) -> list[Fault]:
     checks.one_of("task", get_args(Task))
     checks.one_of("schedule", get_args(Schedule))
     checks.one_of("train_on", ("completion", "all"))
+    checks.one_of("packing", ("auto", "off"))
+    checks.one_of("compile", ("auto", "on", "off"))
+    checks.one_of("optimizer", ("adamw", "adamw8bit"))
+    checks.one_of("gradient_checkpointing", ("off", "layer", "attention"))
     if config.dtype in ("fp16", "float16"):
         checks.check(False, "dtype", "bf16 or fp32", "float16 overflows in training without loss scaling")
     else:
@@ -233,21 +255,21 @@ def _faults(config: TrainConfig) -> list[Fault]:
                 "a whole number >= 1")
     checks.check(_whole(config.doctor_steps, 2), "doctor_steps", "a whole number >= 2",
                  "The A of a LoRA has a gradient from the second step on")
-    checks.each("max_length max_steps threads early_stop eval_rows", lambda v: v is None or _whole(v, 1),
+    checks.each("max_length max_steps batch_tokens threads early_stop eval_rows", lambda v: v is None or _whole(v, 1),
                 "a whole number >= 1, or nothing")
     checks.each("eval_every save_every warmup_steps", lambda v: v is None or _whole(v, 0),
                 "a whole number >= 0, or nothing")
     checks.each("samples seed", lambda v: _whole(v, 0), "a whole number >= 0")
-    checks.each("epochs learning_rate eps", lambda v: _number(v) and v > 0, "a number above 0")
-    checks.each("weight_decay max_grad_norm", lambda v: _number(v) and v >= 0, "a number >= 0")
-    checks.each("warmup_ratio", lambda v: _number(v) and 0 <= v < 1, "0 <= ratio < 1")
+    checks.each("epochs learning_rate eps loraplus_lr_ratio", lambda v: _number(v) and v > 0, "a number above 0")
+    checks.each("weight_decay max_grad_norm z_loss", lambda v: _number(v) and v >= 0, "a number >= 0")
+    checks.each("warmup_ratio label_smoothing", lambda v: _number(v) and 0 <= v < 1, "0 <= ratio < 1")
     checks.each("betas", lambda v: isinstance(v, tuple) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
                 "two numbers, 0 <= beta < 1")
     checks.each("valid", lambda v: v is None or (_number(v) and 0 < v < 1) or (isinstance(v, str) and v != ""),
                 "a file, 0 < fraction < 1, or nothing")
     checks.each("columns", lambda v: isinstance(v, dict), "a mapping of roles to columns")
     checks.each("lora", lambda v: isinstance(v, (LoraConfig, Mapping)), "a LoraConfig")
-    checks.each("gradient_checkpointing resume group_by_length allow_unused", lambda v: isinstance(v, bool),
+    checks.each("resume group_by_length allow_unused freeze_a", lambda v: isinstance(v, bool),
                 "True or False")
     return checks.faults + _metric_faults(config)
 

@@ -36,6 +36,12 @@ class Terms:
     z_loss: float = 0.0
     """ζ: the weight of the squared log-partition, which keeps logits from drifting."""
 
+    def loss(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """The summed loss of logits in plain operations, in float32 or wider."""
+        z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
+        total = F.cross_entropy(z_NV, targets_N, reduction="sum", label_smoothing=self.smoothing)
+        return total + self.z_loss * z_NV.logsumexp(1).square().sum() if self.z_loss else total
+
 
 def as_is(logits: Tensor) -> Tensor:
     """What most models do to their logits after the output layer."""
@@ -156,22 +162,16 @@ class _Sums:
     def any(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
         """A stretch through whatever the output layer is."""
         if not self.gradients:
-            return self.loss(self.layer.logits(h_NI), targets_N).to(torch.float64)
+            return self.terms.loss(self.layer.logits(h_NI), targets_N).to(torch.float64)
         with torch.enable_grad():
             leaf = h_NI.requires_grad_()
-            loss = self.loss(self.layer.logits(leaf), targets_N)
+            loss = self.terms.loss(self.layer.logits(leaf), targets_N)
             dh, *rest = torch.autograd.grad(loss, [leaf, *self.trained], allow_unused=True)
         if dh is not None and self.dh_NI is not None:
             self.dh_NI[stretch] = dh
         self.d_trained = [part if total is None else total if part is None else total.add_(part)
                           for total, part in zip(self.d_trained, rest, strict=True)]
         return loss.detach().to(torch.float64)
-
-    def loss(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
-        """The summed loss of logits, in plain operations."""
-        z_NV = z_NV.to(self.wide)
-        loss = F.cross_entropy(z_NV, targets_N, reduction="sum", label_smoothing=self.terms.smoothing)
-        return loss + self.terms.z_loss * z_NV.logsumexp(1).square().sum() if self.terms.z_loss else loss
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A buffer that the stretches share; the last one may need fewer rows."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from deltaw import bases
@@ -21,6 +22,7 @@ from deltaw.data import (
     available_splits,
     collate,
     load_data,
+    pack,
     split_valid,
 )
 from deltaw.train.config import TrainConfig
@@ -53,14 +55,15 @@ class Examples:
         """Micro-batches in a pass over the training data."""
         return self._stream().batches_per_epoch
 
-    def batches(self, base: bases.Base) -> ExampleBatches:
-        """The seeded stream of micro-batches, on the model's device."""
-        return ExampleBatches(self._stream(), base)
+    def batches(self, base: bases.Base, *, packed: bool = False) -> ExampleBatches:
+        """The seeded stream of micro-batches, on the model's device, padded or end to end."""
+        return ExampleBatches(self._stream(), base, packed=packed)
 
     def _stream(self) -> BatchStream[Example | LabelledExample]:
-        lengths = self.train.lengths[self.train_rows] if self.config.group_by_length else None
-        return BatchStream(Subset(self.train, self.train_rows), self.config.batch_size, self.config.seed,
-                           lengths=lengths)
+        config = self.config
+        lengths = self.train.lengths[self.train_rows]
+        return BatchStream(Subset(self.train, self.train_rows), config.batch_size, config.seed, lengths=lengths,
+                           grouped=config.group_by_length, max_tokens=config.batch_tokens)
 
     def facts(self) -> dict[str, Any]:
         """Where the data is from and how much there is of it."""
@@ -85,13 +88,15 @@ class Examples:
 class ExampleBatches:
     """`Batches` over a stream of examples."""
 
-    def __init__(self, stream: BatchStream[Example | LabelledExample], base: bases.Base) -> None:
+    def __init__(self, stream: BatchStream[Example | LabelledExample], base: bases.Base, *,
+                 packed: bool = False) -> None:
         self.stream, self.pad, self.device = stream, base.tokenizer.pad_token_id, device_of(base.model)
+        self.packed = packed
 
     def __next__(self) -> Batch:
         examples = next(self.stream)
-        inputs = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad).items()}
-        return Batch(inputs, tuple(example.where for example in examples))
+        inputs = pack([e for e in examples if isinstance(e, Example)]) if self.packed else collate(examples, self.pad)
+        return Batch(on_device(inputs, self.device), tuple(example.where for example in examples))
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's place."""
@@ -100,6 +105,13 @@ class ExampleBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a place in the stream."""
         self.stream.load_state_dict(dict(state))
+
+
+def on_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch on the model's device; where packed examples begin is asked on the CPU."""
+    fast = device.type == "cuda"
+    return {name: tensor if name == "cu_seq_lens_q" else (tensor.pin_memory() if fast else tensor).to(
+        device, non_blocking=fast) for name, tensor in inputs.items()}
 
 
 def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:

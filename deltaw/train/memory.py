@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaw.errors import BaseModelError, Fault
 
@@ -28,6 +33,27 @@ def recompute_activations(model: Any) -> None:
         renamed(arguments)
     else:
         model.gradient_checkpointing_enable(arguments)
+
+
+@contextmanager
+def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """These modules with their insides computed again in the backward pass, for the length of the block."""
+    own = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(_again, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.forward = forward
+
+
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def memory_in_use() -> int:

@@ -75,10 +75,7 @@ class CausalLoss:
             total = self._stretched(model, batch)
             if total is not None:
                 return total
-        logits_NV, targets_N = self.supervised_logits(model, batch)
-        z_NV = _wide(logits_NV)
-        total = F.cross_entropy(z_NV, targets_N, reduction="sum", label_smoothing=self.terms.smoothing)
-        return total + self.terms.z_loss * z_NV.logsumexp(1).square().sum() if self.terms.z_loss else total
+        return self.terms.loss(*self.supervised_logits(model, batch))
 
     def uses_own_logits(self, model: nn.Module) -> bool:
         """Whether this model was found to do something to its logits that is not known here."""
@@ -135,6 +132,9 @@ class CausalLoss:
 class ClassLoss:
     """Σ -log p(label | row), or Σ (output - label)² where the model has a single output."""
 
+    def __init__(self, terms: Terms | None = None) -> None:
+        self.terms = terms if terms is not None else Terms()
+
     def units(self, batch: Inputs) -> int:
         """The number of rows."""
         return int(batch["labels"].shape[0])
@@ -144,7 +144,7 @@ class ClassLoss:
         logits_BC = self.logits(model, batch)
         if logits_BC.shape[-1] == 1:
             return F.mse_loss(_wide(logits_BC[:, 0]), _wide(batch["labels"]), reduction="sum")
-        return F.cross_entropy(_wide(logits_BC), batch["labels"], reduction="sum")
+        return self.terms.loss(logits_BC, batch["labels"])
 
     def logits(self, model: nn.Module, batch: Inputs) -> Tensor:
         """One score per class and row, (B, C)."""
@@ -153,9 +153,9 @@ class ClassLoss:
         return logits
 
 
-def objective_for(task: str) -> CausalLoss | ClassLoss:
+def objective_for(task: str, terms: Terms | None = None) -> CausalLoss | ClassLoss:
     """The objective of a task: "causal-lm" or "seq-cls"."""
-    return ClassLoss() if task == "seq-cls" else CausalLoss()
+    return ClassLoss(terms) if task == "seq-cls" else CausalLoss(terms=terms)
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:

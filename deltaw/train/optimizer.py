@@ -4,16 +4,21 @@
 
 The schedules are transformers' (`get_scheduler`), so that curves can be compared: step 0 of a warm-up has rate 0. They
 have no state; a resumed run needs nothing but its step.
+
+LoRA+ (Hayou et al. 2024) gives every B a rate of its own, a multiple of A's.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from deltaw.errors import ConfigError, Fault
 
 Schedule = Callable[[int], float]
 """From a step, counted from 0, to the factor of the peak learning rate."""
@@ -43,18 +48,38 @@ def schedule(kind: Literal["linear", "cosine", "constant"], *, total: int, warmu
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], *, learning_rate: float, weight_decay: float = 0.0,
-          betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.AdamW:
-    """An AdamW that decays tensors of two or more dimensions and leaves biases, norms and scales alone."""
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    spared = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps)
+          betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, ratio_of_B: float = 1.0,
+          bits: Literal[8, 32] = 32) -> torch.optim.Optimizer:
+    """An AdamW that decays tensors of two or more dimensions and leaves biases, norms and scales alone.
+
+    One fused pass over all tensors. With 8 bits the moments of larger tensors are kept so, by bitsandbytes.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        factor = ratio_of_B if name.endswith(".lora_B") else 1.0
+        groups.setdefault((weight_decay if parameter.ndim >= 2 else 0.0, factor), []).append(parameter)
+    listed: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": decay, "rate_factor": factor, "lr": learning_rate * factor}
+        for (decay, factor), members in groups.items()]
+    if bits == 8:
+        made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(listed, lr=learning_rate, betas=betas, eps=eps)
+        return made
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
+    return torch.optim.AdamW(listed, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ConfigError(Fault("TrainConfig.optimizer", "got 'adamw8bit', and bitsandbytes is not installed",
+                                "the package", "pip install 'deltaw[quant]'")) from error
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group this learning rate."""
+    """Give every group this learning rate, times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
 
 
 def warmup_of(total: int, *, ratio: float, steps: int | None) -> int:

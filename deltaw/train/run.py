@@ -30,13 +30,15 @@ from deltaw.store.atomic import replace_folder
 from deltaw.switch import Switchboard, attach
 from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
 from deltaw.train.config import TrainConfig
+from deltaw.train.cross_entropy import Terms
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
 from deltaw.train.loop import fit
-from deltaw.train.memory import peak_memory, recompute_activations
+from deltaw.train.memory import peak_memory
 from deltaw.train.objective import objective_for
 from deltaw.train.optimizer import adamw, schedule, warmup_of
+from deltaw.train.prepare import Choices, Preparation
 from deltaw.train.progress import MetricsLog, ProgressBar, Together, read_metrics
 from deltaw.train.result import Answer, SiteRow, TrainResult
 from deltaw.train.state import Pace, State
@@ -45,6 +47,7 @@ from deltaw.train.tuning import LoraTuning
 
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "train_config.json", "metrics.jsonl", "train_result.json"
+CHOICES_FILE = "train_choices.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -63,10 +66,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             announce(base, examples)
         board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task]),
                        name=config.name, seed=config.seed)
-        if config.gradient_checkpointing:
-            recompute_activations(base.model)
         session = Session(config, out, base, examples, board, quiet=quiet)
-        state = session.train()
+        with session.prepared():
+            state = session.train()
         result = session.finish(state, began)
     if not quiet:
         print_summary(result)
@@ -80,18 +82,33 @@ class Session:
                  quiet: bool) -> None:
         self.config, self.out, self.base, self.examples, self.board = config, out, base, examples, board
         self.quiet = quiet
-        self.tuning = LoraTuning(board, config.name)
+        self.tuning = LoraTuning(board, config.name, freeze_a=config.freeze_a)
+        self.objective = objective_for(config.task, Terms(config.label_smoothing, config.z_loss))
+        self.choices = Choices()
         self.doctor = Doctor(self.tuning, window=config.doctor_steps, allow_unused=config.allow_unused)
         self.optimizer = adamw(self.tuning.parameters(), learning_rate=config.learning_rate, eps=config.eps,
-                               weight_decay=config.weight_decay, betas=config.betas)
+                               weight_decay=config.weight_decay, betas=config.betas,
+                               ratio_of_B=config.loraplus_lr_ratio, bits=8 if config.optimizer == "adamw8bit" else 32)
         self.identity = identity(config, data_sha256=examples.digest, base=board.fingerprint().to_dict())
         self.checkpoints = Checkpoints(out / CHECKPOINTS, self.identity, keep=config.keep_checkpoints)
         self.pace = pace_of(config, self.examples.batches_per_epoch)
         self.shown = examples.valid_rows[:config.samples] if config.task == "causal-lm" and examples.has_prompts else []
 
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model with the fast ways of computing that suit it, chosen now or when the run began."""
+        file = self.out / CHOICES_FILE
+        resumes = self.config.resume and self.checkpoints.latest() is not None and file.is_file()
+        recorded = Choices(**json.loads(file.read_text(encoding="utf-8"))) if resumes else None
+        preparation = Preparation(self.config, self.base, self.examples, self.board, self.objective, self.pace.steps)
+        with preparation.applied(recorded) as self.choices:
+            for line in self.choices.lines:
+                say(line, self.quiet)
+            yield
+
     def train(self) -> State:
         """Run the loop, from the start or from the last checkpoint."""
-        config, batches = self.config, self.examples.batches(self.base)
+        config, batches = self.config, self.examples.batches(self.base, packed=self.choices.packed)
         state = State()
         found = self.checkpoints.latest() if config.resume else None
         if found is not None:
@@ -100,7 +117,8 @@ class Session:
             say(f"resuming at step {state.step} of {self.pace.steps}", self.quiet)
         else:
             shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-        replace_folder(self.out, {CONFIG_FILE: json.dumps(config.to_dict(), indent=1).encode()})
+        replace_folder(self.out, {CONFIG_FILE: json.dumps(config.to_dict(), indent=1).encode(),
+                                  CHOICES_FILE: json.dumps(self.choices.to_dict(), indent=1).encode()})
         (self.out / RESULT_FILE).unlink(missing_ok=True)
         log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
         with self.board.off():
@@ -110,7 +128,7 @@ class Session:
             watches: list[Any] = [log]
             if not self.quiet:
                 watches.append(stack.enter_context(ProgressBar(self.pace.steps, begun=state.step)))
-            return fit(self.tuning, objective_for(config.task), batches, self.optimizer, self.pace, state=state,
+            return fit(self.tuning, self.objective, batches, self.optimizer, self.pace, state=state,
                        evaluate=lambda: self.evaluate().figures, doctor=self.doctor, watch=Together(watches),
                        checkpoints=self.checkpoints)
 
@@ -141,7 +159,8 @@ class Session:
             adapter=str(self.out), base=self.base.source, config=self.config.to_dict(), steps=state.step,
             planned_steps=self.pace.steps, best_step=best, before=self.before, after=after, answers=answered,
             curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.board, self.config.name),
-            checks={check.name: check.found for check in self.doctor.checks} | improvement(self.before, after),
+            checks={check.name: check.found for check in self.doctor.checks} | improvement(self.before, after)
+            | ({"computed": "; ".join(self.choices.lines)} if self.choices.lines else {}),
             data=self.examples.facts(),
             trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
             base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in trained),
@@ -156,13 +175,24 @@ class Session:
     def evaluate(self) -> EvalResult:
         """The held-out figures of the model as it is now."""
         config = self.config
-        return evaluate(self.base.model, self.base.tokenizer, self.examples.valid, rows=self.examples.valid_rows,
-                        metrics=config.metrics, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
+        with self.layers_as_they_are():
+            return evaluate(self.base.model, self.base.tokenizer, self.examples.valid, rows=self.examples.valid_rows,
+                            metrics=config.metrics, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
 
     def answer(self) -> list[str]:
         """What the model as it is now answers to the samples."""
-        return answers(self.base.model, self.base.tokenizer, self.examples.valid, self.shown,
-                       max_new_tokens=self.config.max_new_tokens) if self.shown else []
+        with self.layers_as_they_are():
+            return answers(self.base.model, self.base.tokenizer, self.examples.valid, self.shown,
+                           max_new_tokens=self.config.max_new_tokens) if self.shown else []
+
+    @contextmanager
+    def layers_as_they_are(self) -> Iterator[None]:
+        """No compiled layer runs in the block: each other shape and mode would be compiled anew."""
+        if not self.choices.compiled:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     def prompt_text(self, row: int) -> str:
         """The prompt of a held-out row, in the row's own words."""

@@ -21,6 +21,8 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens read, without padding; rows where the batch holds no tokens."""
+        if "cu_seq_lens_q" in self.inputs:
+            return self.inputs["input_ids"].numel()
         mask = self.inputs.get("attention_mask")
         return int(mask.sum()) if mask is not None else len(self.inputs["labels"])
 

@@ -35,8 +35,12 @@ class Tuning(Protocol):
 class LoraTuning:
     """One adapter of a switchboard."""
 
-    def __init__(self, board: Switchboard, name: str = "default") -> None:
-        self.board, self.name = board, name
+    def __init__(self, board: Switchboard, name: str = "default", *, freeze_a: bool = False) -> None:
+        """With `freeze_a` every A stays as it was drawn and only the rest is trained (LoRA-FA, Zhang et al. 2023)."""
+        self.board, self.name, self.freeze_a = board, name, freeze_a
+        for name_, parameter in board.parameters(name).items():
+            if freeze_a and name_.endswith(".lora_A"):
+                parameter.requires_grad_(False)
 
     @property
     def model(self) -> nn.Module:
@@ -44,8 +48,9 @@ class LoraTuning:
         return self.board.model
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The adapter's tensors, "<site>.lora_A" and so on."""
-        return self.board.parameters(self.name)
+        """The adapter's trained tensors, "<site>.lora_A" and so on."""
+        return {name: p for name, p in self.board.parameters(self.name).items()
+                if not (self.freeze_a and name.endswith(".lora_A"))}
 
     def note(self, **facts: Any) -> None:
         """Record facts in the adapter's `deltaw.json`."""

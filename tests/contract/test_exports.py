@@ -34,7 +34,7 @@ def test_each_name_resolves_and_is_documented(name: str) -> None:
 
 def test_type_checkers_see_the_same_names(repo: Path) -> None:
     tree = ast.parse((repo / "deltaw" / "__init__.py").read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names}
     assert set(seen) == PUBLIC - {"__version__"}

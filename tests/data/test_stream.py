@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,3 +155,39 @@ def test_collate_of_classes():
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     pair = collate([LabelledExample([5, 6], [0, 1], 3, "a:1"), *rows[1:]], 0)
     assert pair["token_type_ids"].tolist() == [[0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_token_budget_is_kept_and_every_example_comes_once(grouped: bool) -> None:
+    lengths = np.random.Generator(np.random.PCG64(3)).integers(1, 60, 500)
+    lengths[7] = 300  # longer than the budget: alone
+    items = list(range(500))
+    stream = BatchStream(items, 16, seed=5, lengths=lengths, grouped=grouped, max_tokens=200)
+    for _ in range(2):
+        count = stream.batches_per_epoch
+        epoch = [next(stream) for _ in range(count)]
+        assert sorted(i for batch in epoch for i in batch) == items
+        for batch in epoch:
+            assert len(batch) <= 16
+            assert sum(lengths[batch]) <= 200 or batch == [7]
+        assert np.mean([sum(lengths[batch]) for batch in epoch]) > 120
+
+
+def test_a_budgeted_stream_goes_on_where_it_stood() -> None:
+    lengths = list(range(1, 41))
+    options: dict[str, Any] = {"seed": 1, "lengths": lengths, "max_tokens": 90}
+    stream = BatchStream(list(range(40)), 8, **options)
+    for _ in range(stream.batches_per_epoch + 3):
+        next(stream)
+    state = stream.state_dict()
+    rest = [next(stream) for _ in range(9)]
+    again = BatchStream(list(range(40)), 8, **options)
+    again.load_state_dict(state)
+    assert [next(again) for _ in range(9)] == rest
+    with pytest.raises(StateError, match="max_tokens"):
+        BatchStream(list(range(40)), 8, **{**options, "max_tokens": 91}).load_state_dict(state)
+
+
+def test_a_budget_without_lengths_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_tokens"):
+        BatchStream([1, 2], 1, seed=0, max_tokens=5)

@@ -47,3 +47,35 @@ def test_warmup_is_counted_as_transformers_does() -> None:
     assert warmup_of(10, ratio=0.03, steps=None) == 1
     assert warmup_of(10, ratio=0.0, steps=None) == 0
     assert warmup_of(10, ratio=0.5, steps=2) == 2
+
+
+def test_loraplus_gives_b_a_rate_of_its_own() -> None:
+    A, B, other = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    optimizer = adamw({"x.lora_A": A, "x.lora_B": B, "x": other}, learning_rate=0.1, ratio_of_B=4.0)
+    set_rate(optimizer, 0.01)
+    for parameter in (A, B, other):
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.allclose(1 - A, torch.full((2, 2), 0.01), atol=1e-5)
+    assert torch.equal(A, other)
+    assert torch.allclose(1 - B, torch.full((2, 2), 0.04), atol=1e-5)
+
+
+def test_eight_bit_state_follows_full_state() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    start, target = torch.randn(64, 128), torch.randn(64, 128)
+    ends = []
+    for bits in (32, 8):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = adamw({"w": p}, learning_rate=0.05, bits=bits)  # type: ignore[arg-type]
+        for _ in range(300):
+            (p - target).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(p.detach())
+        sizes = {k: v.dtype for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and v.numel() > 4096}
+        assert set(sizes.values()) == ({torch.float32} if bits == 32 else {torch.uint8})
+    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
+    assert float((ends[0] - target).abs().max()) < 0.3
+    assert float((ends[1] - target).abs().max()) < 0.6

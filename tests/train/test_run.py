@@ -51,7 +51,7 @@ def test_a_run_learns_and_leaves_everything(config: Callable[..., deltaw.TrainCo
     assert result.checks["held-out"].startswith("the loss fell: ")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"adapter_config.json", "adapter_model.safetensors", "deltaw.json", "train_config.json",
-                       "metrics.jsonl", "train_result.json", "checkpoints"}
+                       "train_choices.json", "metrics.jsonl", "train_result.json", "checkpoints"}
     assert json.loads((tmp_path / "out" / "train_result.json").read_text()) == json.loads(json.dumps(result.to_dict()))
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -250,13 +250,15 @@ def test_a_classifier_trains_its_head_too(config: Callable[..., deltaw.TrainConf
     assert evaluate(base.model, base.tokenizer, data, metrics=("accuracy",)).metrics["accuracy"] > 0.95
 
 
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"grad_accumulation": 2, "batch_size": 4},
-                                     {"group_by_length": False}])
+@pytest.mark.parametrize("options", [
+    {"gradient_checkpointing": True}, {"gradient_checkpointing": "attention"}, {"packing": "off"},
+    {"packing": "off", "gradient_checkpointing": "attention"}, {"grad_accumulation": 2, "batch_size": 4},
+    {"group_by_length": False}, {"batch_tokens": 90, "batch_size": 16}], ids=str)
 def test_options_that_only_change_how_it_is_computed(options: Mapping[str, Any],
                                                      config: Callable[..., deltaw.TrainConfig], tmp_path: Path) -> None:
     result = deltaw.train(config(out=str(tmp_path / "other"), lora=deltaw.LoraConfig(r=4), **options), quiet=True)
     assert result.after["loss"] < result.before["loss"]
-    if "gradient_checkpointing" in options:
+    if "packing" in options or "gradient_checkpointing" in options:
         plain = deltaw.train(config(lora=deltaw.LoraConfig(r=4)), quiet=True)
         assert [loss for *_, loss in losses(tmp_path / "other")] == pytest.approx(
             [loss for *_, loss in losses(tmp_path / "out")], rel=1e-5)

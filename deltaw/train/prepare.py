@@ -1,0 +1,179 @@
+"""Before the first step: how steps are computed. Each choice is checked on real examples, and said in a line.
+
+    shared inputs   q, k, v and gate, up as one product: found by watching one forward
+    packing         examples end to end instead of padded: taken if two examples give the loss they give apart
+    compiling       taken if the run is long, and kept if a measured step is faster
+
+A choice changes sums in their last bits only, but a resumed run has to take the same: `Choices` are written down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deltaw import bases
+from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
+from deltaw.data import collate, pack
+from deltaw.switch import Switchboard
+from deltaw.train.compile import REPAID_AFTER, compiled_layers, repeated_layers, why_not
+from deltaw.train.config import TrainConfig
+from deltaw.train.evaluation import evaluating
+from deltaw.train.examples import Examples, on_device
+from deltaw.train.memory import recompute_activations, recomputed
+from deltaw.train.objective import Objective
+
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
+_WORTH = 0.97
+"""A compiled step has to take less than this share of a plain one."""
+
+
+@dataclass
+class Choices:
+    """What was chosen, and why."""
+
+    packed: bool = False
+    compiled: bool = False
+    lines: list[str] = field(default_factory=list)
+    """One for each choice, for people."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"packed": self.packed, "compiled": self.compiled, "lines": self.lines}
+
+
+class Preparation:
+    """Makes the choices for one run, in the order in which one rests on another."""
+
+    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, board: Switchboard,
+                 objective: Objective, steps: int) -> None:
+        self.config, self.base, self.examples, self.board = config, base, examples, board
+        self.objective, self.steps = objective, steps
+
+    @contextmanager
+    def applied(self, recorded: Choices | None = None) -> Iterator[Choices]:
+        """The model as it was chosen, for the length of the block; as `recorded` where a run is resumed."""
+        choices = Choices()
+        with ExitStack() as stack:
+            with torch.random.fork_rng():  # the run draws what it would draw without the looks taken here
+                self.share()
+                recomputes = self.recompute(choices, stack)
+                choices.packed = self.pack(choices, recorded)
+                if choices.packed:
+                    stack.enter_context(packed_attention(self.base.model))
+                if recomputes == "attention" and self.config.compile != "off":
+                    choices.lines.append("compile: off, it does not go with gradient_checkpointing of attention only")
+                else:
+                    choices.compiled = self.compile(choices, recorded, stack)
+            yield choices
+
+    def share(self) -> None:
+        """Compute linear layers of one input together."""
+        inputs = self.batch(1, packed=False)
+        with evaluating(self.base.model):
+            self.board.share_inputs(lambda: self.objective.loss(self.base.model, inputs))
+
+    def recompute(self, choices: Choices, stack: ExitStack) -> str:
+        """Gradient checkpointing as it was asked for, or of whole layers where attention cannot be told apart."""
+        wanted, model = self.config.gradient_checkpointing, self.base.model
+        if wanted == "attention" and takes_packed(model):
+            with packed_attention(model), attention_modules() as found, evaluating(model):
+                self.objective.loss(model, self.batch(1, packed=False))
+            stack.enter_context(recomputed(found))
+            choices.lines.append(f"gradient checkpointing: the attention of {len(found)} layers")
+            return "attention"
+        if wanted == "attention":
+            choices.lines.append(f"gradient checkpointing: whole layers, {type(model).__name__} does not let its "
+                                 "attention be told apart")
+        if wanted != "off":
+            recompute_activations(model)
+        return "layer" if wanted != "off" else "off"
+
+    def pack(self, choices: Choices, recorded: Choices | None) -> bool:
+        """Whether examples are laid end to end."""
+        wanted, model = self.config.packing, self.base.model
+        if self.config.task != "causal-lm" or wanted == "off":
+            return False
+        if not takes_packed(model):
+            reason = f"{type(model).__name__} does not let its attention be chosen"
+        elif recorded is not None and not recorded.packed:
+            return False
+        else:
+            with packed_attention(model), evaluating(model):
+                loss = self.objective.loss(model, self.batch(2, packed=True))
+            with evaluating(model):
+                apart = self.objective.loss(model, self.batch(2, packed=False))
+            if abs(float(loss - apart)) <= _SAME.get(self.base.dtype, 3e-2) * max(1.0, abs(float(apart))):
+                choices.lines.append("packing: examples lie end to end, none is padded")
+                return True
+            reason = f"this model's loss is then {float(loss):.6g} instead of {float(apart):.6g}"
+        choices.lines.append(f"packing: off, {reason}; batches are padded")
+        return False
+
+    def compile(self, choices: Choices, recorded: Choices | None, stack: ExitStack) -> bool:
+        """Whether the repeated layers are compiled; leaves them so on the stack."""
+        wanted, model = self.config.compile, self.base.model
+        if wanted == "off" or (recorded is not None and not recorded.compiled):
+            return False
+        if not repeated_layers(model):
+            choices.lines.append("compile: off, this network repeats no layer")
+            return False
+        if reason := why_not(next(model.parameters()).device):
+            choices.lines.append(f"compile: off, {reason}")
+            return False
+        plain = self.timed(choices)
+        if wanted == "auto" and recorded is None and plain * self.steps < REPAID_AFTER:
+            choices.lines.append(f"compile: off, {self.steps} steps of {plain:.2f} s would not repay it")
+            return False
+        own = stack.enter_context(ExitStack())
+        try:
+            own.enter_context(compiled_layers(model))
+            began = time.perf_counter()
+            self.step(choices)
+            spent = time.perf_counter() - began
+            compiled = self.timed(choices)
+        except Exception as error:  # whatever a compiler says, the run can do without it
+            own.close()
+            choices.lines.append(f"compile: off, it failed: {type(error).__name__}")
+            return False
+        if wanted == "auto" and recorded is None and compiled > _WORTH * plain:
+            own.close()
+            choices.lines.append(f"compile: off, a step takes {compiled:.2f} s with it and {plain:.2f} s without")
+            return False
+        choices.lines.append(f"compile: layer by layer in {spent:.0f} s; a step takes {compiled:.2f} s instead of "
+                             f"{plain:.2f} s")
+        return True
+
+    def timed(self, choices: Choices) -> float:
+        """Seconds that a forward and backward pass takes, the better of two."""
+        times = []
+        for _ in range(2):
+            began = time.perf_counter()
+            self.step(choices)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def step(self, choices: Choices) -> None:
+        """Forward and backward on some examples; nothing remains of it."""
+        model = self.base.model
+        was_training = model.training
+        model.train()
+        try:
+            loss = self.objective.loss(model, self.batch(self.config.batch_size, packed=choices.packed))
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            model.train(was_training)
+            for parameter in model.parameters():
+                parameter.grad = None
+
+    def batch(self, count: int, *, packed: bool) -> dict[str, torch.Tensor]:
+        """The first examples as a batch: the same in every session of a run."""
+        rows = self.examples.train_rows[:count]
+        chosen: list[Any] = [self.examples.train[int(row)] for row in rows]
+        inputs = pack(chosen) if packed else collate(chosen, self.base.tokenizer.pad_token_id)
+        return on_device(inputs, next(self.base.model.parameters()).device)

@@ -1,0 +1,157 @@
+"""How steps are computed is chosen by looking, said in a line, kept for a resumed run, and changes nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.train import compile as compiling
+from deltaw.train import prepare
+from deltaw.train.prepare import Choices
+
+
+@pytest.fixture
+def config(base_folder: Path, color_rows: Path, tmp_path: Path) -> Callable[..., deltaw.TrainConfig]:
+    def make(**options: Any) -> deltaw.TrainConfig:
+        given = {"model": str(base_folder), "data": str(color_rows), "out": str(tmp_path / "out"), "dtype": "fp32",
+                 "max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "eval_every": 0, "samples": 0,
+                 "eval_rows": 4, **options}
+        return deltaw.TrainConfig(**given)
+
+    return make
+
+
+def choices(folder: Path) -> Mapping[str, Any]:
+    found = json.loads((folder / "train_choices.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def losses(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if row["event"] == "step"]
+
+
+def test_packing_is_taken_and_said(config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    result = deltaw.train(config())
+    assert choices(tmp_path / "out")["packed"]
+    assert "packing: examples lie end to end" in capsys.readouterr().err
+    assert "packing: examples lie end to end" in result.checks["computed"]
+    deltaw.train(config(out=str(tmp_path / "padded"), packing="off"), quiet=True)
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+
+
+def test_packing_that_changes_the_loss_is_refused(config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def nothing(model: Any) -> Iterator[None]:
+        yield  # the model's attention stays as it is, and would let examples see one another
+
+    monkeypatch.setattr(prepare, "packed_attention", nothing)
+    result = deltaw.train(config(), quiet=True)
+    assert "packing: off, this model's loss is then" in result.checks["computed"]
+    assert not choices(tmp_path / "out")["packed"]
+
+
+def test_a_model_whose_attention_cannot_be_chosen(config: Callable[..., deltaw.TrainConfig],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "takes_packed", lambda model: False)
+    result = deltaw.train(config(gradient_checkpointing="attention"), quiet=True)
+    assert "packing: off, LlamaForCausalLM does not let its attention be chosen" in result.checks["computed"]
+    assert "gradient checkpointing: whole layers" in result.checks["computed"]
+
+
+def test_a_short_run_is_not_compiled(config: Callable[..., deltaw.TrainConfig]) -> None:
+    found = deltaw.train(config(), quiet=True).checks["computed"]
+    assert "compile: off, " in found
+
+
+def test_a_missing_or_failing_compiler_ends_nothing(config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "why_not", lambda device: "no C++ compiler was found")
+    result = deltaw.train(config(compile="on"), quiet=True)
+    assert "compile: off, no C++ compiler was found" in result.checks["computed"]
+    monkeypatch.undo()
+
+    @contextmanager
+    def failing(model: Any) -> Iterator[int]:
+        raise RuntimeError("no")
+        yield 0
+
+    monkeypatch.setattr(prepare, "compiled_layers", failing)
+    result = deltaw.train(config(out=str(tmp_path / "two"), compile="on"), quiet=True)
+    assert "compile: off, it failed: RuntimeError" in result.checks["computed"]
+
+
+def test_compiling_goes_with_whole_layers_only(config: Callable[..., deltaw.TrainConfig]) -> None:
+    found = deltaw.train(config(compile="on", gradient_checkpointing="attention"), quiet=True).checks["computed"]
+    assert "compile: off, it does not go with" in found
+
+
+def test_a_resumed_run_keeps_the_choices(config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    deltaw.train(config(save_every=2), quiet=True)
+    (tmp_path / "out" / "train_choices.json").write_text(json.dumps(Choices(packed=False).to_dict()))
+    for folder in (tmp_path / "out" / "checkpoints").glob("step-*4"):
+        folder.rename(tmp_path / "gone")
+    deltaw.train(config(save_every=2, resume=True), quiet=True)
+    assert not choices(tmp_path / "out")["packed"]
+
+
+def test_the_looks_draw_nothing_from_the_run(config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"lora": deltaw.LoraConfig(r=2, lora_dropout=0.3)}
+    deltaw.train(config(**options), quiet=True)
+    real = prepare.Preparation.step
+    monkeypatch.setattr(prepare.Preparation, "step", lambda self, c: (real(self, c), torch.rand(3))[0])
+    deltaw.train(config(out=str(tmp_path / "again"), **options), quiet=True)
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+
+
+def test_the_repeated_layers_of_networks(tiny_llama: Any, tiny_gpt2: Any, tiny_bert_classifier: Any) -> None:
+    llama, gpt2, bert = tiny_llama(), tiny_gpt2(), tiny_bert_classifier()
+    assert compiling.repeated_layers(llama) == list(llama.model.layers)
+    assert compiling.repeated_layers(gpt2) == list(gpt2.transformer.h)
+    assert compiling.repeated_layers(bert) == list(bert.bert.encoder.layer)
+    assert compiling.repeated_layers(torch.nn.Linear(2, 2)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": "layer", "packing": "off"}], ids=str)
+def test_compiled_layers_learn_the_same(options: dict[str, Any], config: Callable[..., deltaw.TrainConfig],
+                                        tmp_path: Path) -> None:
+    torch.compiler.reset()
+    plain = deltaw.train(config(compile="off", **options), quiet=True)
+    compiled = deltaw.train(config(out=str(tmp_path / "compiled"), compile="on", **options), quiet=True)
+    assert "compile: layer by layer" in compiled.checks["computed"]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "out"), rel=1e-5)
+    assert compiled.after["loss"] == pytest.approx(plain.after["loss"], rel=1e-4)
+    again = deltaw.train(config(out=str(tmp_path / "again"), compile="on", **options), quiet=True)
+    assert again.after == compiled.after
+
+
+@pytest.mark.slow
+def test_other_lengths_are_not_other_compilations(tiny_llama: Any) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model = tiny_llama()
+    deltaw.attach(model, deltaw.LoraConfig(r=2), seed=0)
+    with compiling.compiled_layers(model, "aot_eager") as count:
+        assert count == len(model.model.layers)
+        for length in (9, 12, 17, 30, 31):
+            ids = torch.randint(3, 64, (2, length))
+            model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 2  # the first layer's input needs no gradient
+    assert not counters["graph_break"]
