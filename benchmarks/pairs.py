@@ -79,3 +79,14 @@ def smollm2_shaped(dtype: torch.dtype, layers: int = 30) -> torch.nn.Module:
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
                          max_position_embeddings=8192)
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Multiplications and additions a second that this machine reaches in a large product."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

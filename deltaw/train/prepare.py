@@ -128,15 +128,14 @@ class Preparation:
             return False
         plain = self.timed(choices)
         if wanted == "auto" and recorded is None and plain * self.steps < REPAID_AFTER:
-            choices.lines.append(f"compile: off, {self.steps} steps of {plain:.2f} s would not repay it")
+            choices.lines.append(f"compile: off, {self.steps} steps of {plain:.2g} s would not repay it")
             return False
+        plain = min(plain, self.timed(choices))
         own = stack.enter_context(ExitStack())
         try:
             own.enter_context(compiled_layers(model))
-            began = time.perf_counter()
-            self.step(choices)
-            spent = time.perf_counter() - began
-            compiled = self.timed(choices)
+            spent = self.timed(choices)
+            compiled = min(self.timed(choices), self.timed(choices))
         except Exception as error:  # whatever a compiler says, the run can do without it
             own.close()
             choices.lines.append(f"compile: off, it failed: {type(error).__name__}")
@@ -150,13 +149,10 @@ class Preparation:
         return True
 
     def timed(self, choices: Choices) -> float:
-        """Seconds that a forward and backward pass takes, the better of two."""
-        times = []
-        for _ in range(2):
-            began = time.perf_counter()
-            self.step(choices)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        """Seconds that a forward and backward pass takes."""
+        began = time.perf_counter()
+        self.step(choices)
+        return time.perf_counter() - began
 
     def step(self, choices: Choices) -> None:
         """Forward and backward on some examples; nothing remains of it."""
@@ -172,8 +168,13 @@ class Preparation:
                 parameter.grad = None
 
     def batch(self, count: int, *, packed: bool) -> dict[str, torch.Tensor]:
-        """The first examples as a batch: the same in every session of a run."""
-        rows = self.examples.train_rows[:count]
-        chosen: list[Any] = [self.examples.train[int(row)] for row in rows]
+        """The first examples as a batch, within the budget of tokens: the same in every session of a run."""
+        chosen: list[Any] = [self.examples.train[int(row)] for row in self.examples.train_rows[:count]]
+        budget, tokens = self.config.batch_tokens, 0
+        for i, example in enumerate(chosen):
+            tokens += len(example.input_ids)
+            if budget is not None and i and tokens > budget:
+                chosen = chosen[:i]
+                break
         inputs = pack(chosen) if packed else collate(chosen, self.base.tokenizer.pad_token_id)
         return on_device(inputs, next(self.base.model.parameters()).device)
