@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
     torch.set_default_dtype(torch.float32)
     ids = torch.randint(5, 49000, (rows, tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    stack = ExitStack()
     if side == "peft":
         import peft
 
@@ -49,6 +51,7 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
             return model(**batch).loss
     else:
         import deltaw
+        from deltaw.train.compile import compiled_layers
         from deltaw.train.memory import recompute_activations
         from deltaw.train.objective import CausalLoss
         from deltaw.train.optimizer import adamw
@@ -58,6 +61,8 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
         board.share_inputs(lambda: objective.loss(model, {n: t[:1, :64] for n, t in batch.items()}))
         if side == "recomputed":
             recompute_activations(model)
+        if side == "compiled":
+            stack.enter_context(compiled_layers(model))
         optimizer = adamw(board.parameters("default"), learning_rate=1e-4)
         units = objective.units(batch)
 
@@ -107,6 +112,10 @@ def main() -> int:
     near = abs(ours["losses"][0] - peft["losses"][0]) <= (1e-4 if dtype == "float32" else 2e-2) * peft["losses"][0]
     cases = [Case(f"peak of a step 4 x 256, {args.dtype}", "MiB", ours["peak"] / MIB, peft["peak"] / MIB, "peft", 0.55,
                   equal=near)]
+    if not args.quick:
+        compiled = measured("compiled", dtype, layers, 4, 256)
+        cases.append(Case(f"peak of a compiled step 4 x 256, {args.dtype}", "MiB", compiled["peak"] / MIB,
+                          peft["peak"] / MIB, "peft", 0.55, equal=near))
     growth = {}
     for side in ("ours", "recomputed"):
         peaks = [measured(side, dtype, layers, 1, tokens)["peak"] for tokens in (512, 1024, 2048)]

@@ -81,8 +81,8 @@ def in_peft(model: nn.Module, options: dict[str, Any]) -> Any:
     return wrapped.eval()
 
 
-MERGED_ONLY = {"conv1d_circular", "conv2d", "conv2d_same", "conv2d_replicate"}
-"""PEFT's forward leaves out the host's dilation and padding mode; its merged weights are right."""
+MERGED_ONLY = {"conv1d_circular", "conv2d", "conv2d_same", "conv2d_replicate", "conv2d_self_padding"}
+"""PEFT's forward leaves out the host's dilation, padding mode and own padding; its merged weights are right."""
 
 
 def as_peft_means_it(model: Any, case: str) -> Any:
@@ -120,6 +120,7 @@ def test_their_adapter_on_our_model(theirs: Theirs, tmp_path: Path) -> None:
 
 NOT_IN_PEFT = {
     "mha_separate": "PEFT adapts only attention whose projections are one matrix",
+    "conv2d_self_padding_grouped": "PEFT ignores the host's own padding, and cannot merge a grouped convolution",
     "recurrent": "PEFT's wrapper hides what nn.LSTM reads",
     "parameter_of_root": "PEFT adapts no parameter of the outermost module",
     "parameter_around": "PEFT adapts no parameter of the outermost module",
