@@ -125,14 +125,14 @@ class AdaptedLinear(Adapted):
             return super().add_by_row(y, x, route)
         self.rows(x, route)
         dtype = x.dtype if self.state.compute_dtype is None else self.state.compute_dtype
-        A_BRI, B_BOR = self.stacked(route, unique, dtype)
+        A_BRI, B_BRO = self.stacked(route, unique, dtype)
         rows = len(route.names)
         out = lora.add_low_rank_by_row(y.reshape(rows, -1, y.shape[-1]),
-                                       x.to(dtype).reshape(rows, -1, x.shape[-1]), A_BRI, B_BOR)
+                                       x.to(dtype).reshape(rows, -1, x.shape[-1]), A_BRI, B_BRO)
         return out.view(y.shape)
 
     def stacked(self, route: Route, unique: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (B, R, I) and s·B (B, O, R) for the rows of a route, with zeros for rows that change nothing here."""
+        """A (B, R, I) and s·Bᵀ (B, R, O) for the rows of a route, with zeros for rows that change nothing here."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._stack(route, unique, dtype)
         slots = [self.slots[name] for name in unique]
@@ -145,15 +145,15 @@ class AdaptedLinear(Adapted):
         factors = [self.slots[name].factors() for name in unique]
         width = max(A.shape[0] for A, _ in factors)
         A_NRI = torch.stack([F.pad(A.to(dtype), (0, 0, 0, width - A.shape[0])) for A, _ in factors])
-        B_NOR = torch.stack([F.pad((B * self.slots[name].scaling).to(dtype), (0, width - B.shape[1]))
+        B_NRO = torch.stack([F.pad((B * self.slots[name].scaling).to(dtype).t(), (0, 0, 0, width - B.shape[1]))
                              for name, (_, B) in zip(unique, factors, strict=True)])
         if tuple(unique) == route.names:
-            return A_NRI, B_NOR
+            return A_NRI, B_NRO
         position = {name: i for i, name in enumerate(unique)}
         index = torch.tensor([position.get(name, 0) if name is not None else 0 for name in route.names],
                              device=A_NRI.device)
         on = torch.tensor([name in position for name in route.names], device=A_NRI.device, dtype=dtype)
-        return A_NRI.index_select(0, index), B_NOR.index_select(0, index) * on.view(-1, 1, 1)
+        return A_NRI.index_select(0, index), B_NRO.index_select(0, index) * on.view(-1, 1, 1)
 
 
 def share(runs: Sequence[Sequence[AdaptedLinear]]) -> list[Sequence[AdaptedLinear]]:

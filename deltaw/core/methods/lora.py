@@ -59,10 +59,10 @@ def add_low_rank(y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float)
     return torch.addmm(y_NO, h_NR, B_RO, alpha=scale).view(y.shape)
 
 
-def add_low_rank_by_row(y_BTO: Tensor, x_BTI: Tensor, A_BRI: Tensor, B_BOR: Tensor) -> Tensor:
-    """y + (x Aᵀ) Bᵀ with factors of its own for each of the B rows; the scale is already in `B_BOR`."""
+def add_low_rank_by_row(y_BTO: Tensor, x_BTI: Tensor, A_BRI: Tensor, B_BRO: Tensor) -> Tensor:
+    """y + (x Aᵀ) Bᵀ with factors of its own for each of the B rows; `B_BRO` is s·Bᵀ."""
     h_BTR = torch.bmm(x_BTI, A_BRI.to(x_BTI.dtype).transpose(1, 2))
-    B_BRO = B_BOR.to(h_BTR.dtype).transpose(1, 2)
+    B_BRO = B_BRO.to(h_BTR.dtype)
     if y_BTO.dtype != h_BTR.dtype or autocasts(y_BTO):
         return y_BTO + torch.bmm(h_BTR, B_BRO).to(y_BTO.dtype)
     if not torch.is_grad_enabled() and y_BTO.is_contiguous():
