@@ -2,7 +2,8 @@
 
     python benchmarks/switch.py [--quick] [--dtype bf16|fp32] [--layers 30]
 
-Each case checks that both sides compute the same before it is timed. A quick run has fewer layers.
+Each case checks that both sides compute the same before it is timed. A quick run has fewer layers. Where the processor
+has no bf16 instructions, our low-rank products over a bf16 base are asked for in float32 (`compute_dtype`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, alternate, report, smollm2_shaped
 
 import deltaw
+from deltaw.bases import choose_dtype
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 N = 16
@@ -29,7 +31,11 @@ def build(dtype: torch.dtype, layers: int):
 
     ours_model, peft_model = smollm2_shaped(dtype, layers), smollm2_shaped(dtype, layers)
     config = deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
-    board = deltaw.attach(ours_model, config, name="a0", seed=0)
+    native, reason = choose_dtype("auto", "cpu")
+    narrow = None if dtype == torch.float32 or native == torch.bfloat16 else torch.float32
+    if narrow is not None:
+        print(f"  low-rank products in float32: {reason}")
+    board = deltaw.attach(ours_model, config, name="a0", seed=0, compute_dtype=narrow)
     for i in range(1, N):
         board.add(f"a{i}", config, seed=i)
     peft_config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
