@@ -83,12 +83,15 @@ class _LowRankLinear(torch.autograd.Function):
             start += A[i].shape[0]
         ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, *W, *A, *B)
         ctx.kept, ctx.scales = kept, scales
+        ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, keep, H, *rest = ctx.saved_tensors
         count = len(ctx.scales)
+        if all(grad is None for grad in grads):
+            return (None,) * (4 + 4 * count)
+        x, keep, H, *rest = ctx.saved_tensors
         W, A, B = rest[:count], rest[count:2 * count], rest[2 * count:]
         x_NI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
@@ -125,7 +128,7 @@ def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tens
     for g_NO, W_OI in zip(g, W, strict=True):
         if g_NO is not None:
             dx_NI = g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
-    assert dx_NI is not None  # the engine calls a node only when one of its outputs has a gradient
+    assert dx_NI is not None  # one of the outputs has a gradient
     return (dx_NI if keep is not None else dx_NI.addmm_(dH, A)).view(x.shape)
 
 

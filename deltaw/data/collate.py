@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltaw.bases.packed_attention import PLACES
 from deltaw.data.examples import IGNORED, Example, LabelledExample
 
 
@@ -49,7 +50,7 @@ def pack(examples: Sequence[Example]) -> dict[str, Tensor]:
         "labels": torch.tensor([[label for example in examples for label in (IGNORED, *example.labels[1:])]]),
         "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
         "attention_mask": torch.zeros(1, 1, 1, 1),
-        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        PLACES: torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
     }
 
 

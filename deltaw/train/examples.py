@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltaw import bases
+from deltaw.bases.packed_attention import PLACES
 from deltaw.data import (
     BatchStream,
     EncodedData,
@@ -110,7 +111,7 @@ class ExampleBatches:
 def on_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """A batch on the model's device; where packed examples begin is asked on the CPU."""
     fast = device.type == "cuda"
-    return {name: tensor if name == "cu_seq_lens_q" else (tensor.pin_memory() if fast else tensor).to(
+    return {name: tensor if name == PLACES else (tensor.pin_memory() if fast else tensor).to(
         device, non_blocking=fast) for name, tensor in inputs.items()}
 
 

@@ -98,11 +98,7 @@ class CausalLoss:
             return (seen[-1][None, :rows].detach(), *args[1:])
 
         drawn = _random_state() if known is None else None
-        hook = head.register_forward_pre_hook(take)
-        try:
-            logits = model(**inputs, use_cache=False).logits
-        finally:
-            hook.remove()
+        logits = _logits(model, inputs, head, take)
         if drawn is not None:
             finish = _finish(model, head, seen, logits)
             known = self._layers[model] = None if finish is None else OutputLayer(head, finish)
@@ -114,15 +110,8 @@ class CausalLoss:
         """Logits (N, V) at the N supervised positions in row-major order, and the tokens (N,) that follow there."""
         inputs, where, targets_N = _positions(batch)
         head = None if self.every_position else _output_layer(model)
-        if head is None:
-            logits = model(**inputs, use_cache=False).logits
-        else:
-            hook = head.register_forward_pre_hook(
-                lambda _, args: (args[0].flatten(0, -2).index_select(0, where)[None], *args[1:]))
-            try:
-                logits = model(**inputs, use_cache=False).logits
-            finally:
-                hook.remove()
+        logits = _logits(model, inputs, head, lambda _, args: (
+            args[0].flatten(0, -2).index_select(0, where)[None], *args[1:]))
         # A model that reads the weight of its output layer directly never runs the hook and returns all logits. The two
         # shapes cannot be confused: a row's last position is never supervised, so N < T where there is one row.
         every = logits.shape[:2] == batch["labels"].shape
@@ -174,6 +163,18 @@ def _positions(batch: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     next_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     where = (next_BT != IGNORED).flatten().nonzero().squeeze(1)
     return {n: t for n, t in batch.items() if n != "labels"}, where, next_BT.flatten().index_select(0, where)
+
+
+def _logits(model: nn.Module, inputs: Inputs, head: nn.Module | None,
+            take: Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]) -> Tensor:
+    """The model's logits, with the input of its output layer replaced by what `take` makes of it."""
+    hook = None if head is None else head.register_forward_pre_hook(take)
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from deltaw.bases.packed_attention import PLACES
 from deltaw.train.objective import Inputs
 
 
@@ -21,7 +22,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens read, without padding; rows where the batch holds no tokens."""
-        if "cu_seq_lens_q" in self.inputs:
+        if PLACES in self.inputs:
             return self.inputs["input_ids"].numel()
         mask = self.inputs.get("attention_mask")
         return int(mask.sum()) if mask is not None else len(self.inputs["labels"])
