@@ -1,8 +1,9 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
 One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
-with the layers that share its input. A batch whose rows use different adapters costs two batched products, over factors
-stacked by row, padded to the largest rank; while nothing is differentiated the stack is kept until it goes stale.
+with the layers that share its input; so does a batch whose tokens use different adapters (`core.batched`). In inference
+such a batch costs two batched products, over factors stacked by row, padded to the largest rank, and the stack is kept
+until it goes stale.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
 from deltaw.core.kernels import Projection, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
 from deltaw.core.layers.shared_input import calls
@@ -30,6 +32,8 @@ MAX_ROWS_PER_ADAPTER = 4
 class AdaptedLinear(Adapted):
     """h = W₀x + s·B(Ax) on (..., I) → (..., O)."""
 
+    token_by_token = True
+
     bank: tuple[object, Tensor, Tensor] | None = None
 
     followers: tuple[AdaptedLinear, ...] = ()
@@ -41,6 +45,8 @@ class AdaptedLinear(Adapted):
             return super().forward(*args, **kwargs)
         if args and isinstance(args[0], Tensor):
             calls.watch(self, args[0])
+        if len(args) == 1 and not kwargs and self.is_grouped() and self.can_group(args[0]):
+            return self.grouped(args[0])
         if len(args) != 1 or kwargs or not self.can_fuse(args[0]):
             return super().forward(*args, **kwargs)
         x: Tensor = args[0]
@@ -63,32 +69,93 @@ class AdaptedLinear(Adapted):
 
     def can_fuse(self, x: Any) -> bool:
         """Whether this call is training of one adapter over a plain frozen layer, with nothing that looks inside."""
-        if not torch.is_grad_enabled() or type(x) is not Tensor or not x.numel():
+        if not torch.is_grad_enabled() or self.is_grouped() or not self.is_frozen_product(x):
             return False
-        route, host, weight = self.state.route, self.host, self.host._parameters["weight"]
-        if (route is not None and not route.is_uniform) or not self._is_plain or type(weight) is not nn.Parameter:
+        active = self.active()
+        return len(active) == 1 and not self.biases.keys() & active.keys()
+
+    def is_frozen_product(self, x: Any) -> bool:
+        """Whether the host does no more to x than multiply it with a frozen weight of x's dtype, and nothing wraps it."""
+        if type(x) is not Tensor or not x.numel():
+            return False
+        host, weight = self.host, self.host._parameters["weight"]
+        if not self._is_plain or type(weight) is not nn.Parameter:
             return False
         bias = host._parameters.get("bias")
         if weight.requires_grad or weight.dtype != x.dtype or not floating(x) or weight.device != x.device \
                 or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype)):
             return False
-        if self.state.compute_dtype not in (None, x.dtype) or lora.autocasts(x) or _transformed():
+        return self.state.compute_dtype in (None, x.dtype) and not lora.autocasts(x) and not _transformed()
+
+    def is_grouped(self) -> bool:
+        """Whether rows or tokens of one batch use different adapters."""
+        return self.state.route is not None and not self.state.route.is_uniform
+
+    def can_group(self, x: Any) -> bool:
+        """Whether tokens with adapters of their own can be computed here in one node; rows in inference need not."""
+        route = self.state.route
+        assert route is not None
+        if self.rows_are != "first" or (route.lengths is None and not torch.is_grad_enabled()):
             return False
-        active = self.active()
-        return len(active) == 1 and not self.biases.keys() & active.keys()
+        return self.is_frozen_product(x) and not any(name in self.biases for name in route.unique)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The output with every segment's own change, made together with those of the layers that share x."""
+        route = self.state.route
+        assert route is not None
+        segments = route.segments(x.shape, self.site)
+
+        def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
+            groups = [Group(start, stop, [layer.factors_of(name) for layer in layers], self.dropout_of(name),
+                            route.generators.get(name)) for name, start, stop in segments if name is not None]
+            return grouped_linear(x, [layer.frozen() for layer in layers], groups)
+
+        if any(self.dropout_of(name) for name in route.unique):
+            return compute([self])[0]
+        followers = [layer for layer in self.followers if layer.can_follow_grouped(x, route)]
+        return calls.take(self, x, route, followers, compute)
+
+    def can_follow_grouped(self, x: Tensor, route: Route) -> bool:
+        """`can_follow` for a batch of several adapters."""
+        return (self.is_unwatched() and self.can_group(x) and self.in_features == x.shape[-1]
+                and not any(self.dropout_of(name) for name in route.unique))
+
+    def dropout_of(self, name: str) -> float:
+        """The dropout of an adapter here, now."""
+        slot = self.slots.get(name)
+        return slot.dropout if slot is not None and self.training else 0.0
+
+    def factors_of(self, name: str) -> Factors | None:
+        """An adapter's change here, if it has one."""
+        slot = self.slots.get(name)
+        return None if slot is None else Factors(*slot.factors(), slot.scaling)
+
+    def frozen(self) -> Frozen:
+        """The host's own product."""
+        W = self.weight_OI()
+        return Frozen(W, self.host._parameters.get("bias"), W.shape[0])
+
+    def weight_OI(self) -> Tensor:
+        """The host's weight, outputs first."""
+        W = self.host.get_parameter("weight")
+        return W.t() if next(iter(self.slots.values())).geometry.transposed else W
 
     def can_follow(self, x: Tensor, name: str) -> bool:
         """Whether this layer's output may be made before it is called: no hook of its host would notice."""
-        slot, host = self.slots.get(name), self.host
-        return (slot is not None and not (slot.dropout and self.training) and host._modules.get(CHILD) is self
-                and host.__dict__.get("forward") == self.forward and not host._forward_pre_hooks
+        slot = self.slots.get(name)
+        return (slot is not None and not (slot.dropout and self.training) and self.is_unwatched()
                 and self.can_fuse(x) and self.in_features == x.shape[-1])
+
+    def is_unwatched(self) -> bool:
+        """Whether the host's forward is this layer's, and no hook sees its input first."""
+        host = self.host
+        return (host._modules.get(CHILD) is self and host.__dict__.get("forward") == self.forward
+                and not host._forward_pre_hooks)
 
     def projection(self, name: str, weight: float) -> Projection:
         """The layer and one adapter's change as the fused product takes them."""
-        slot, W = self.slots[name], self.host.get_parameter("weight")
-        return Projection(W.t() if slot.geometry.transposed else W, self.host._parameters.get("bias"),
-                          *slot.factors(), slot.scaling * weight)
+        slot = self.slots[name]
+        return Projection(self.weight_OI(), self.host._parameters.get("bias"), *slot.factors(), slot.scaling * weight)
 
     @property
     def in_features(self) -> int:
@@ -118,6 +185,8 @@ class AdaptedLinear(Adapted):
 
     def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         """All rows at once through stacked factors, unless few adapters share many rows, or dropout is drawn."""
+        if route.lengths is not None and self.rows_are == "first" and not self.biases.keys() & set(route.unique):
+            return self.add_grouped(y, x, route)
         unique = [name for name in route.unique if name in self.slots]
         dropout = self.training and any(self.slots[name].dropout for name in unique)
         if dropout or any(name in self.biases for name in route.unique) \
@@ -130,6 +199,13 @@ class AdaptedLinear(Adapted):
         out = lora.add_low_rank_by_row(y.reshape(rows, -1, y.shape[-1]),
                                        x.to(dtype).reshape(rows, -1, x.shape[-1]), A_BRI, B_BRO)
         return out.view(y.shape)
+
+    def add_grouped(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
+        """y of a host that is no plain product, a quantized one say, plus every segment's own change."""
+        wide = x if self.state.compute_dtype is None else x.to(self.state.compute_dtype)
+        groups = [Group(start, stop, [self.factors_of(name)], self.dropout_of(name), route.generators.get(name))
+                  for name, start, stop in route.segments(x.shape, self.site) if name is not None]
+        return y + grouped_linear(wide, [Frozen(None, None, y.shape[-1])], groups)[0].to(y.dtype)
 
     def stacked(self, route: Route, unique: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (B, R, I) and s·Bᵀ (B, R, O) for the rows of a route, with zeros for rows that change nothing here."""
