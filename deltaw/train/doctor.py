@@ -19,7 +19,7 @@ import torch
 
 from deltaw.errors import DoctorError, Fault, NonFiniteError
 from deltaw.train.checksum import checksum, checksums
-from deltaw.train.tuning import Tuning, frozen_tensors
+from deltaw.train.tuning import Tuning, base_parameters, frozen_tensors
 
 _NO_GRADIENT = (
     "The path from the loss to them is cut or they are not used: look for detach() or no_grad() in the model, "
@@ -60,8 +60,7 @@ class Doctor:
         if frozen:
             faults.append(Fault("the tuning", f"does not train {_listed(frozen)}",
                                 "requires_grad on all of its tensors", "Attach with trainable=True"))
-        trained = {id(p) for p in parameters.values()}
-        others = [n for n, p in self.tuning.model.named_parameters() if p.requires_grad and id(p) not in trained]
+        others = [name for name, p in base_parameters(self.tuning) if p.requires_grad]
         if others:
             faults.append(Fault("the base", f"is trainable at {_listed(others)}", "only the tuning's tensors trainable",
                                 "Freeze them with requires_grad_(False), or name their module in modules_to_save"))

@@ -122,12 +122,27 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
     so there the base is opened without weights first.
     """
     device = config.chosen_device()
-    classifies = config.task == "seq-cls"
-    base = bases.load_base(config.model, task=config.task, dtype=config.dtype, device="meta" if classifies else device)
+    if config.task != "seq-cls":
+        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, device=device)
+        return base, examples_for(config, base)
+    examples = examples_for(config, open_base(config))
+    return load_base(config, examples), examples
+
+
+def open_base(config: TrainConfig) -> bases.Base:
+    """The base without its weights: enough to tokenise, and to find where changes go."""
+    return bases.load_base(config.model, task=config.task, dtype=config.dtype, device="meta")
+
+
+def load_base(config: TrainConfig, examples: Examples) -> bases.Base:
+    """The base with its weights, and a classifier's head for the labels of the data."""
+    labels = {"labels": examples.train.label_names} if config.task == "seq-cls" else {}
+    return bases.load_base(config.model, task=config.task, dtype=config.dtype, device=config.chosen_device(), **labels)
+
+
+def examples_for(config: TrainConfig, base: bases.Base) -> Examples:
+    """The data that the config names, tokenised for this base."""
     train = _load(config, config.data, base, "train")
-    if classifies:
-        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=train.label_names,
-                               device=device)
     rows: NDArray[np.int64] = np.arange(len(train))
     named = isinstance(config.valid, str)
     if named or (config.valid is None and "valid" in available_splits(config.data)):
@@ -141,7 +156,7 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
         valid = train
     chosen = [int(row) for row in held[:config.eval_rows]]
     digest = _digest(config.data, train)
-    return base, Examples(config=config, train=train, train_rows=rows, valid=valid, valid_rows=chosen, digest=digest)
+    return Examples(config=config, train=train, train_rows=rows, valid=valid, valid_rows=chosen, digest=digest)
 
 
 def _load(config: TrainConfig, source: str, base: bases.Base, split: str,

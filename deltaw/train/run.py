@@ -34,7 +34,7 @@ from deltaw.train.cross_entropy import Terms
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
-from deltaw.train.loop import fit
+from deltaw.train.loop import Run
 from deltaw.train.memory import peak_memory
 from deltaw.train.objective import objective_for
 from deltaw.train.optimizer import adamw, schedule, warmup_of
@@ -42,11 +42,12 @@ from deltaw.train.prepare import Choices, Preparation
 from deltaw.train.progress import MetricsLog, ProgressBar, Together, read_metrics
 from deltaw.train.record import facts, improvement, site_rows, versions
 from deltaw.train.result import Answer, TrainResult
-from deltaw.train.state import Pace, State
+from deltaw.train.state import Batches, Pace, State
 from deltaw.train.summary import print_summary
-from deltaw.train.tuning import LoraTuning
+from deltaw.train.tuning import LoraTuning, base_parameters
 
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+"""PEFT's name of each task."""
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "train_config.json", "metrics.jsonl", "train_result.json"
 CHOICES_FILE = "train_choices.json"
 CHECKPOINTS = "checkpoints"
@@ -65,7 +66,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         base, examples = load_examples(config)
         if not quiet:
             announce(base, examples)
-        board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task]),
+        board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or TASK_TYPES[config.task]),
                        name=config.name, seed=config.seed)
         session = Session(config, out, base, examples, board, quiet=quiet)
         with session.prepared():
@@ -109,9 +110,18 @@ class Session:
 
     def train(self) -> State:
         """Run the loop, from the start or from the last checkpoint."""
-        config, batches = self.config, self.examples.batches(self.base, packed=self.choices.packed)
+        with ExitStack() as stack:
+            run = self.begin(self.checkpoints.latest() if self.config.resume else None)
+            if not self.quiet:
+                bar = stack.enter_context(ProgressBar(self.pace.steps, begun=run.state.step))
+                run.watch = Together([self.log, bar])
+            return run.go()
+
+    def begin(self, found: Path | None, batches: Batches | None = None) -> Run:
+        """Everything up to the first step, of a new run or of one that goes on from a checkpoint."""
+        config = self.config
+        batches = batches if batches is not None else self.examples.batches(self.base, packed=self.choices.packed)
         state = State()
-        found = self.checkpoints.latest() if config.resume else None
         if found is not None:
             check_same_run(config, self.identity, found)
             state = self.checkpoints.restore(found, self.tuning, self.optimizer, batches)
@@ -121,17 +131,13 @@ class Session:
         replace_folder(self.out, {CONFIG_FILE: json.dumps(config.to_dict(), indent=1).encode(),
                                   CHOICES_FILE: json.dumps(self.choices.to_dict(), indent=1).encode()})
         (self.out / RESULT_FILE).unlink(missing_ok=True)
-        log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
+        self.log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
         with self.board.off():
-            self.before = self.figures_before(log, resumed=found is not None)
-            self.answers_before = self.answer()
-        with ExitStack() as stack:
-            watches: list[Any] = [log]
-            if not self.quiet:
-                watches.append(stack.enter_context(ProgressBar(self.pace.steps, begun=state.step)))
-            return fit(self.tuning, self.objective, batches, self.optimizer, self.pace, state=state,
-                       evaluate=lambda: self.evaluate().figures, doctor=self.doctor, watch=Together(watches),
-                       checkpoints=self.checkpoints)
+            self.before = self.figures_before(self.log, resumed=found is not None)
+            self.answers_before = self.answers_of_base()
+        return Run(tuning=self.tuning, objective=self.objective, batches=batches, optimizer=self.optimizer,
+                   pace=self.pace, state=state, evaluate=lambda: self.evaluate().figures, doctor=self.doctor,
+                   watch=self.log, checkpoints=self.checkpoints)
 
     def figures_before(self, log: MetricsLog, *, resumed: bool) -> Mapping[str, float]:
         """The base's figures: measured, or those that the run wrote down when it began."""
@@ -139,10 +145,14 @@ class Session:
         for row in rows:
             if row["event"] == "eval" and row["step"] == 0:
                 return {name: value for name, value in row.items() if name not in ("event", "step")}
-        say("evaluating the base", self.quiet)
-        figures = self.evaluate().figures
+        figures = self.figures_of_base()
         log.evaluated(State(), figures)
         return figures
+
+    def figures_of_base(self) -> Mapping[str, float]:
+        """The base's figures, measured with nothing on."""
+        say("evaluating the base", self.quiet)
+        return self.evaluate().figures
 
     def finish(self, state: State, began: float) -> TrainResult:
         """Keep the best tensors, evaluate and save the adapter, and write down what the run was."""
@@ -152,8 +162,6 @@ class Session:
         after = self.evaluate().figures
         answered = tuple(Answer(self.prompt_text(row), self.examples.valid.prompt(row).answer, *pair) for row, *pair in
                          zip(self.shown, self.answers_before, self.answer(), strict=True))
-        trained = {id(p) for p in self.tuning.parameters().values()}
-        model = self.base.model
         self.tuning.note(**facts(self.config, self.base, self.examples, state, self.before, after))
         self.tuning.save(self.out)
         result = TrainResult(
@@ -164,7 +172,7 @@ class Session:
             | ({"computed": "; ".join(self.choices.lines)} if self.choices.lines else {}),
             data=self.examples.facts(),
             trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
-            base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in trained),
+            base_parameters=sum(p.numel() for _, p in base_parameters(self.tuning)),
             adapter_bytes=sum((self.out / name).stat().st_size for name in
                               ("adapter_config.json", "adapter_model.safetensors", "deltaw.json")),
             tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
@@ -179,6 +187,10 @@ class Session:
         with self.layers_as_they_are():
             return evaluate(self.base.model, self.base.tokenizer, self.examples.valid, rows=self.examples.valid_rows,
                             metrics=config.metrics, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
+
+    def answers_of_base(self) -> list[str]:
+        """What the base answers to the samples, with nothing on."""
+        return self.answer()
 
     def answer(self) -> list[str]:
         """What the model as it is now answers to the samples."""

@@ -95,7 +95,8 @@ class AdaptedLinear(Adapted):
         """Whether tokens with adapters of their own can be computed here in one node; rows in inference need not."""
         route = self.state.route
         assert route is not None
-        if self.rows_are != "first" or (route.lengths is None and not torch.is_grad_enabled()):
+        # Training with reentrant checkpointing has no gradients in its forward, and must do the same in its second.
+        if self.rows_are != "first" or (route.lengths is None and not torch.is_grad_enabled() and not self.training):
             return False
         return self.is_frozen_product(x) and not any(name in self.biases for name in route.unique)
 
