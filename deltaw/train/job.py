@@ -165,6 +165,7 @@ class ActiveJob:
         """The micro-batches of the job's next step, drawn once."""
         assert self.run is not None
         if self.drawn is None:
+            self._before_draw = self.run.batches.state_dict()
             try:
                 self.drawn = self.run.draw()
             except StopIteration:
@@ -198,11 +199,12 @@ class ActiveJob:
 
     def save(self) -> Path:
         """A checkpoint of the state after its last whole step."""
-        assert self.run is not None
+        run = self.run
+        assert run is not None
+        # A step that is drawn and not taken yet is drawn again by whoever goes on from here.
+        place = run.batches if self.drawn is None else _Place(self._before_draw)
         with self.on():
-            found = self.run.save()
-        assert found is not None
-        return found
+            return self.session.checkpoints.save(run.state, run.tuning, run.optimizer, place)
 
     def close(self) -> None:
         """Let the adapter, its gradients and its optimizer go; what is on the disk stays."""
@@ -224,6 +226,25 @@ class ActiveJob:
         return self._steps
 
     _steps = 0
+
+
+class _Place:
+    """Where a stream of batches stood."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return self.state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """A place does not move."""
+        raise NotImplementedError
+
+    def __next__(self) -> Any:
+        """There is nothing to give."""
+        raise StopIteration
 
 
 class _Last:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw import bases
+from deltaw.bases.packed_attention import PLACES
 from deltaw.errors import DeltawError, Fault, StateError, near
 from deltaw.switch import Switchboard, attach
 from deltaw.train.announce import say
@@ -167,8 +168,8 @@ class TrainMany:
     def _why_apart(self, active: ActiveJob) -> str:
         """Why a job cannot share passes; "" where a trial shows that it can."""
         objective, config = active.session.objective, active.job.config
-        if type(objective) is not CausalLoss or objective.every_position or active.job.batches is not None:
-            return "its loss or its stream of batches is its own"
+        if type(objective) is not CausalLoss or objective.every_position:
+            return "its loss is its own"
         if not self.choices.packed:
             return "its examples cannot lie end to end on this base"
         with self._only(active.name):
@@ -262,12 +263,14 @@ class TrainMany:
         """Every chosen job's gradient in place; its losses, and its share of the time by tokens."""
         losses: dict[str, list[float]] = {job.name: [] for job in chosen}
         seconds = dict.fromkeys(losses, 0.0)
-        for job in (job for job in chosen if job.why_apart):
+        shares = {job.name for job in chosen if not job.why_apart and
+                  all(PLACES in batch.inputs for batch in job.draw().batches)}
+        for job in (job for job in chosen if job.name not in shares):
             began = time.perf_counter()
             with self._failing(job):
                 losses[job.name] = [job.backward_alone(i) for i in range(len(job.draw().batches))]
             seconds[job.name] += time.perf_counter() - began
-        pieces = [(job, number) for job in chosen if not job.why_apart for number in range(len(job.draw().batches))]
+        pieces = [(job, number) for job in chosen if job.name in shares for number in range(len(job.draw().batches))]
         sizes = [job.draw().batches[number].tokens for job, number in pieces]
         for members in fill(sizes, self.scheduler.budget):
             began = time.perf_counter()

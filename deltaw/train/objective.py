@@ -112,6 +112,9 @@ class CausalLoss:
 
         `parts` gives stretches of the flattened batch terms of their own: the place where each ends, and its terms.
         """
+        if model not in self._layers and not self.every_position:
+            with torch.random.fork_rng(), torch.no_grad():
+                self._stretched(model, batch)  # finds out what the model does to its logits
         inputs, where, targets_N = _positions(batch)
         parts = parts if parts is not None else [(batch["labels"].numel(), self.terms)]
         edges = [0, *torch.searchsorted(where, torch.tensor([stop for stop, _ in parts], device=where.device)).tolist()]

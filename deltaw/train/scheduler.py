@@ -5,7 +5,7 @@
 
 Service is counted in tokens divided by priority (start-time fair queueing): a job of priority 2 gets twice the tokens
 of a job of priority 1 where they compete, and a job that wants less than its share is served every round. A job that is
-passed over for lack of room is next to come first, and until then others overtake it by a budget of tokens at most.
+passed over for lack of room is next to come first, and until then others overtake it by a budget of tokens and a step at most.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class Scheduler:
         """Jobs of the next round, out of those that can take a step, with the tokens that it has; at least one."""
         order = sorted(tokens, key=lambda name: self.served[name])  # stable: those that joined first, first
         chosen: list[str] = []
-        room, ceiling = self.budget, float("inf")
+        room, waiting = self.budget, float("inf")  # what was served to the first that is passed over
         for name in order:
-            if not chosen or (tokens[name] <= room and self.served[name] <= ceiling):
+            ahead = self.served[name] - waiting
+            if not chosen or (tokens[name] <= room and ahead <= self.budget / self._priority[name]):
                 chosen.append(name)
                 room -= tokens[name]
-            elif ceiling == float("inf"):
-                ceiling = self.served[name] + self.budget / self._priority[name]
+            else:
+                waiting = min(waiting, self.served[name])
         for name in chosen:
             self.served[name] += tokens[name] / self._priority[name]
         return chosen
