@@ -2,9 +2,9 @@
 
     python benchmarks/train_many.py [--quick] [--only same,mixed,...] [--data FOLDER]
 
-Both sides are steps of the same jobs in one process: with a budget of one micro-batch each pass is one adapter's, which
-is what a run alone computes, pass for pass; with the whole budget the adapters share passes. They take turns. Losses and
-gradients of the two must agree. Memory is the growth of the process's peak, each side in a process of its own.
+Both sides are steps of the same jobs in one process: with a budget of one micro-batch each pass is one adapter's,
+which is what a run alone computes, pass for pass; with the whole budget the adapters share passes. They take turns.
+Losses and gradients of the two must agree. Memory is the growth of the process's peak, each side in a process of its own.
 peft runs one adapter after the other in a loop by hand with a fused AdamW, padded, on the same rows.
 """
 
@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, report
+from train_real import DATA, LR, instructions, peft_loop
 
 import deltaw
 from deltaw import bases
@@ -139,7 +140,7 @@ def many_adapters(base: bases.Base, repeats: int, *, count: int = 64, tokens: in
             made = jobs(Path(folder), [lora] * number, count // number, tokens // count)
             with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
                 rounds(many, tokens, 1)
-                times[number] = statistics.median(seconds(lambda: rounds(many, tokens, 1))  # noqa: B023
+                times[number] = statistics.median(seconds(lambda: rounds(many, tokens, 1))
                                                   for _ in range(repeats))
             deltaw.detach(base.model)
     return Case(f"{count} adapters, a step of {tokens} tokens", "s", times[count], times[1], "1 adapter", 1.25)
@@ -167,8 +168,6 @@ def memory_case() -> Case:
 
 def against_peft(base: bases.Base, data: Path, steps: int) -> Case:
     """Eight adapters of six ranks on real instructions beside eight peft runs, rows of 1."""
-    from train_real import instructions, peft_loop
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         instructions(data, folder / "rows.jsonl")
@@ -177,7 +176,7 @@ def against_peft(base: bases.Base, data: Path, steps: int) -> Case:
             made.append(deltaw.TrainConfig(
                 model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / f"r{number}"), name=f"r{number}",
                 dtype="fp32", lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=steps, batch_size=1,
-                schedule="constant", warmup_steps=0, learning_rate=2e-4, eval_every=0, save_every=0, samples=0,
+                schedule="constant", warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0,
                 eval_rows=1, seed=number, max_length=256, doctor_steps=2))
         with TrainMany(made, ManyConfig(out=f"{temporary}/set", control=False, budget_tokens=1024), base=base,
                        quiet=True) as many:
@@ -210,7 +209,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--only", default="same,mixed,large,memory,peft,count")
     parser.add_argument("--memory", choices=["one", "eight"], help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     if args.memory:
         memory(args.memory == "one")

@@ -67,9 +67,9 @@ def _show(result: ManyResult) -> None:
     rows = []
     for name, job in result.jobs.items():
         run = job.result
-        rows.append([name, job.status, f"{job.steps}/{job.planned_steps}",
-                     "" if run is None else f"{run.before['loss']:.4f}", "" if run is None else f"{run.after['loss']:.4f}",
-                     "" if run is None else f"{run.tokens:,}"])
+        figures = ["", "", ""] if run is None else [f"{run.before['loss']:.4f}", f"{run.after['loss']:.4f}",
+                                                    f"{run.tokens:,}"]
+        rows.append([name, job.status, f"{job.steps}/{job.planned_steps}", *figures])
     print_table(f"{len(rows)} jobs, {result.rounds:,} rounds, {result.tokens:,} tokens in {result.seconds:,.0f} s",
                 ("job", "status", "steps", "loss before", "loss after", "tokens"), rows)
     done = [job.result.adapter for job in result.jobs.values() if job.result is not None]

@@ -31,7 +31,7 @@ class Control:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def obey(self, many: TrainMany) -> None:
-        """Do what the files ask, the oldest first; a file that asks for what cannot be is refused, and nothing stops."""
+        """Do what the files ask, the oldest first; one that asks for what cannot be is refused, and nothing stops."""
         asked = [path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith(".")]
         for path in sorted(asked, key=lambda p: (p.stat().st_mtime_ns, p.name)):
             try:

@@ -55,7 +55,7 @@ def check_jobs(jobs: Sequence[Job], *, resume: bool) -> None:
 
 
 def load_jobs(jobs: Sequence[Job], base: bases.Base | None = None) -> tuple[bases.Base, dict[str, Examples]]:
-    """The base and each job's examples; raises with the faults of all jobs' data and targets before it loads weights."""
+    """The base and each job's examples; all faults of data and targets are raised before weights are loaded."""
     first = jobs[0].config
     opened = base if base is not None else open_base(first)
     loader = Loader(opened)

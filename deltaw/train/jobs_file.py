@@ -8,8 +8,8 @@
     tasks:    [{adapter: r8, dataset: chats, out: adapters/r8},
                {adapter: r64, dataset: chats, out: adapters/r64, learning_rate: 1e-4, priority: 2}]
 
-The keys are the fields of `ManyConfig`, `LoraConfig` and `TrainConfig`. Every fault of every part is found at once, with
-the entry, the key and a remedy. Numbers and words are read as YAML 1.2 has them: 5e-4 is a number, `off` a word.
+The keys are the fields of `ManyConfig`, `LoraConfig` and `TrainConfig`. Every fault of every part is found at once,
+with the entry, the key and a remedy. Numbers and words are read as YAML 1.2 has them: 5e-4 is a number, `off` a word.
 """
 
 from __future__ import annotations
@@ -181,16 +181,16 @@ def _parse(path: Path) -> Mapping[str, Any]:
     dropped = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
     Loader.yaml_implicit_resolvers = {first: [r for r in found if r[0] not in dropped] for first, found in
                                       yaml.SafeLoader.yaml_implicit_resolvers.items()}
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE$"),
-                                 list("tTfF"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float",
-                                 re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789"))
+    words, number = "(true|True|TRUE|false|False|FALSE)$", r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(words), list("tTfF"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ConfigError(Fault(f"'{path}'", f"cannot be read ({error.strerror})", "a jobs file")) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(Fault(f"'{path}'", f"does not parse: {' '.join(str(error).split())}", "YAML or JSON")) from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(Fault(f"'{path}'", f"does not parse: {reason}", "YAML or JSON")) from error
     if not isinstance(found, Mapping):
         raise ConfigError(Fault(f"'{path}'", f"holds {'nothing' if found is None else type(found).__name__}",
                                 "a mapping with " + ", ".join(_PARTS)))

@@ -1,4 +1,4 @@
-"""What a set of jobs shows while it runs: a live table on stderr, a line for each job; plain lines where no terminal is."""
+"""What a set of jobs shows while it runs: a live table on stderr, a row for each job; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def row_of(job: ActiveJob) -> tuple[str, ...]:
 
 def ended_row(result: JobResult) -> tuple[str, ...]:
     """One job that has ended: its last figures, or why it failed."""
-    held = "" if result.result is None else "  ".join(f"{n} {v:.4g}" for n, v in result.result.after.items())
-    return (result.name, result.status, f"{result.steps}/{result.planned_steps}", "", held or result.error.split("\n")[0],
-            "", "")
+    figures = {} if result.result is None else result.result.after
+    held = "  ".join(f"{name} {value:.4g}" for name, value in figures.items()) or result.error.split("\n")[0]
+    return result.name, result.status, f"{result.steps}/{result.planned_steps}", "", held, "", ""
 
 
 def table_of(rows: Iterable[tuple[str, ...]]) -> Any:

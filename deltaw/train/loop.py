@@ -4,7 +4,8 @@
         sum the loss over the step's supervised units, divide by their number, differentiate
         clip, update, watch
 
-Many runs over one base take the same steps, with their gradients from one pass (`deltaw.train.many`). The loop knows no adapter, no file and no command line: a `Tuning` says what is trained, an `Objective` what is minimised.
+Many runs over one base take the same steps, with their gradients from one pass (`deltaw.train.many`). The loop knows no
+adapter, no file and no command line: a `Tuning` says what is trained, an `Objective` what is minimised.
 """
 
 from __future__ import annotations

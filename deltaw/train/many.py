@@ -32,8 +32,8 @@ from deltaw.train.cross_entropy import STRETCH_VALUES
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.job import ActiveJob, BaseFigures, Job, JobResult
 from deltaw.train.job_checks import Loader, check_jobs, load_jobs
-from deltaw.train.joint import Piece, draws_in_training, joint_backward, why_apart
 from deltaw.train.jobs_record import Record
+from deltaw.train.joint import Piece, draws_in_training, joint_backward, why_apart
 from deltaw.train.many_config import ManyConfig
 from deltaw.train.memory import saved_bytes
 from deltaw.train.objective import CausalLoss

@@ -138,8 +138,9 @@ class CausalLoss:
                 return terms.each(values_N[part], targets_N[part])
         runs: list[tuple[slice, Terms]] = []
         for start, stop, (_, terms) in zip(edges, edges[1:], parts, strict=False):
-            alike = runs and runs[-1][1] == terms  # neighbours with the same terms share the products of the head
-            runs[-1:] = [(slice(runs[-1][0].start, stop), terms)] if alike else [*runs[-1:], (slice(start, stop), terms)]
+            if runs and runs[-1][1] == terms:  # neighbours with the same terms share the products of the head
+                start = runs.pop()[0].start
+            runs.append((slice(start, stop), terms))
         return torch.cat([losses(part, terms) for part, terms in runs]), where
 
     def supervised_logits(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor]:

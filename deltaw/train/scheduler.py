@@ -5,7 +5,7 @@
 
 Service is counted in tokens divided by priority (start-time fair queueing): a job of priority 2 gets twice the tokens
 of a job of priority 1 where they compete, and a job that wants less than its share is served every round. A job that is
-passed over for lack of room is next to come first, and until then others overtake it by a budget of tokens and a step at most.
+passed over for lack of room soon comes first; until then others overtake it by a budget of tokens and a step at most.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def test_an_unfinished_set_is_not_overwritten(make: Make, tmp_path: Path) -> Non
         train_many(unlike(make, "elsewhere"), together(tmp_path), quiet=True)
 
 
-# -- what goes wrong in one job -----------------------------------------------------------------------------------------
+# -- what goes wrong in one job ----------------------------------------------------------------------------------------
 
 
 class RunsDry:
@@ -264,7 +264,7 @@ def test_adding_a_job_with_a_fault_leaves_the_set_as_it_was(make: Make, tmp_path
     assert statuses(result) == {"a": "finished"}
 
 
-# -- how it is computed --------------------------------------------------------------------------------------------------
+# -- how it is computed ------------------------------------------------------------------------------------------------
 
 
 def test_priorities_decide_who_steps_more(make: Make, tmp_path: Path) -> None:

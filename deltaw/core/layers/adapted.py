@@ -137,7 +137,7 @@ class Adapted(nn.Module):
         return torch.cat(parts, 1)
 
     def check_tokens(self, y: Tensor) -> None:
-        """Refuse to tell tokens apart where a layer looks at several, or has them elsewhere than in the second place."""
+        """Refuse to tell tokens apart where a layer looks at several, or has them in another place than the second."""
         if not self.token_by_token or self.rows_are != "first" or y.dim() != 3 or y.shape[0] != 1:
             raise RoutingError(Fault(f"routing at site '{self.site}'", f"an output of shape {tuple(y.shape)}",
                                      "one packed row of a layer that treats each token by itself",

@@ -75,7 +75,7 @@ class AdaptedLinear(Adapted):
         return len(active) == 1 and not self.biases.keys() & active.keys()
 
     def is_frozen_product(self, x: Any) -> bool:
-        """Whether the host does no more to x than multiply it with a frozen weight of x's dtype, and nothing wraps it."""
+        """Whether the host only multiplies x with a frozen weight of x's dtype, and nothing looks inside."""
         if type(x) is not Tensor or not x.numel():
             return False
         host, weight = self.host, self.host._parameters["weight"]
