@@ -1,4 +1,4 @@
-"""What a set of jobs shows while it runs: a live table on stderr, a row for each job; plain lines without a terminal."""
+"""What a set of jobs shows while it runs: a live table on stderr, a row for each job; lines without a terminal."""
 
 from __future__ import annotations
 

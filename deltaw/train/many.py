@@ -25,7 +25,7 @@ from typing import Any
 from deltaw import bases
 from deltaw.bases.packed_attention import PLACES
 from deltaw.errors import DeltawError, Fault, StateError, near
-from deltaw.switch import Switchboard, attach
+from deltaw.switch import Switchboard, attach, detach
 from deltaw.train.announce import say
 from deltaw.train.config import TrainConfig
 from deltaw.train.cross_entropy import STRETCH_VALUES
@@ -118,6 +118,8 @@ class TrainMany:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        if hasattr(self, "board"):
+            detach(self.base.model)
 
     def _load(self, todo: Sequence[Job], stack: ExitStack) -> None:
         """The base, the adapters of all jobs, the ways of computing, and every job's first state."""
@@ -131,9 +133,9 @@ class TrainMany:
         self.choices = Choices()
         if objective is not None:
             with self._only(first.name):
-                preparation = Preparation(replace(first.config, compile="off"), self.base, examples[first.name],
-                                          self.board, objective, 1)
-                self.choices = stack.enter_context(preparation.applied(self.record.choices))
+                self._preparation = Preparation(replace(first.config, compile="off"), self.base, examples[first.name],
+                                                self.board, objective, 1)
+                self.choices = stack.enter_context(self._preparation.applied(self.record.choices))
         self.lines += self.choices.lines
         for job in todo:
             self._activate(job, examples[job.name])
@@ -169,7 +171,7 @@ class TrainMany:
         """Why a job cannot share passes; "" where a trial shows that it can."""
         objective, config = active.session.objective, active.job.config
         if type(objective) is not CausalLoss or objective.every_position:
-            return "its loss is its own"
+            return "only language models with the usual loss share passes"
         if not self.choices.packed:
             return "its examples cannot lie end to end on this base"
         with self._only(active.name):
@@ -313,6 +315,7 @@ class TrainMany:
         examples = self.loader.examples(job.config)
         self._attach(job)
         self.given.append(job)
+        self._share()
         self._activate(job, examples)
 
     def cancel(self, name: str) -> None:
@@ -367,6 +370,13 @@ class TrainMany:
         self.scheduler.leave(job.name)
         job.close()
         del self.jobs[job.name]
+        self._share()
+
+    def _share(self) -> None:
+        """Find layers of one input anew: which they are follows from the adapters that are there, and nothing else."""
+        if hasattr(self, "_preparation"):
+            with self.board.off():
+                self._preparation.share()
 
     # -- what stays --------------------------------------------------------------------------------------------------
 
