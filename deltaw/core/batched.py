@@ -225,7 +225,7 @@ class _Stacks:
     def forward(self, x_TI: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
         """Add every change to y in place; returns H (N, S, P·R)."""
         h_NSR = torch.bmm(x_TI.view(self.count, -1, x_TI.shape[1]), self.A_NPRI.transpose(1, 2))
-        for y_TO, h, B_NOR in zip(y, h_NSR.split(self.width, 2), self.B, strict=True):
+        for y_TO, h, B_NOR in zip(y, torch.split(h_NSR, self.width, 2), self.B, strict=True):
             y_TO.view(self.count, -1, y_TO.shape[1]).baddbmm_(h, B_NOR.transpose(1, 2))
         return [h_NSR]
 
@@ -235,12 +235,12 @@ class _Stacks:
         x_NSI = x_TI.view(self.count, -1, x_TI.shape[1])
         g_N = [None if g_TO is None else g_TO.view(self.count, -1, g_TO.shape[1]) for g_TO in g]
         dh_NSR = torch.cat([torch.zeros_like(h) if g_NSO is None else torch.bmm(g_NSO, B_NOR)
-                            for g_NSO, h, B_NOR in zip(g_N, h_NSR.split(self.width, 2), self.B, strict=True)], 2)
+                            for g_NSO, h, B_NOR in zip(g_N, torch.split(h_NSR, self.width, 2), self.B, strict=True)], 2)
         if dx_TI is not None:
             dx_TI.view(x_NSI.shape).baddbmm_(dh_NSR, self.A_NPRI)
         dA_NRI = torch.bmm(dh_NSR.transpose(1, 2), x_NSI)
         dB = [None if g_NSO is None else torch.bmm(g_NSO.transpose(1, 2), h)
-              for g_NSO, h in zip(g_N, h_NSR.split(self.width, 2), strict=True)]
+              for g_NSO, h in zip(g_N, torch.split(h_NSR, self.width, 2), strict=True)]
         grads: list[Tensor | None] = []
         for n, i, scale, at in self.places():
             dB_NOR, rank, first = dB[i], self.ranks[at], i * self.width

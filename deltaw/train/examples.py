@@ -136,8 +136,8 @@ def open_base(config: TrainConfig) -> bases.Base:
 
 def load_base(config: TrainConfig, examples: Examples) -> bases.Base:
     """The base with its weights, and a classifier's head for the labels of the data."""
-    labels = {"labels": examples.train.label_names} if config.task == "seq-cls" else {}
-    return bases.load_base(config.model, task=config.task, dtype=config.dtype, device=config.chosen_device(), **labels)
+    return bases.load_base(config.model, task=config.task, dtype=config.dtype, device=config.chosen_device(),
+                           labels=examples.train.label_names if config.task == "seq-cls" else None)
 
 
 def examples_for(config: TrainConfig, base: bases.Base) -> Examples:

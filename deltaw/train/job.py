@@ -219,6 +219,11 @@ class ActiveJob:
                          result=self.result, error=self.error, checkpoint=None if latest is None else str(latest))
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all is done and saved."""
+        return self.status == "finished"
+
+    @property
     def steps(self) -> int:
         """Steps done, also after `close`."""
         if self.run is not None:

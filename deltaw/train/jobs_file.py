@@ -88,13 +88,12 @@ class _Reader:
     def job(self, where: str, task: dict[str, Any], shared: Mapping[str, Any], datasets: Mapping[str, Any],
             adapters: Mapping[str, Any]) -> Job | None:
         """One task as a job; None where something is wrong with it."""
-        before = len(self.faults)
-        adapter, dataset = task.pop("adapter", None), task.pop("dataset", None)
+        adapter, dataset = str(task.pop("adapter", "")), str(task.pop("dataset", ""))
         for key, value, known in (("adapter", adapter, adapters), ("dataset", dataset, datasets)):
-            if value is not None and value not in known:
+            if value and value not in known:
                 self.fault(f"{where}: {key}", f"got {value!r}", "one of " + (", ".join(known) or "none"),
-                           near(str(value), known) or f"Name it under {key}s")
-        if len(self.faults) > before:
+                           near(value, known) or f"Name it under {key}s")
+        if adapter not in adapters or dataset not in datasets:
             return None
         name, priority = task.pop("name", None) or adapter, task.pop("priority", 1.0)
         lora = self.made(f"{where}, adapter '{adapter}'", lambda: LoraConfig.from_dict(adapters[adapter]))

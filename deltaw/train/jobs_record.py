@@ -75,7 +75,7 @@ class Record:
 
     def checkpoint(self, job: Job, checkpoints: Checkpoints) -> Path | None:
         """From where a job goes on: the record's checkpoint, its newest where it resumes alone, else the start."""
-        named = self._jobs().get(job.name, {}).get("checkpoint")
+        named: str | None = self._jobs().get(job.name, {}).get("checkpoint")
         if named is not None:
             return checkpoints.folder / named
         return checkpoints.latest() if job.config.resume else None

@@ -22,7 +22,8 @@ class JobsTable:
     """A context manager; `show` draws when it is time to."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet, self._live, self._next = quiet, None, 0.0
+        self.quiet, self._next = quiet, 0.0
+        self._live: Any = None
 
     def __enter__(self) -> JobsTable:
         if not self.quiet:
@@ -30,7 +31,7 @@ class JobsTable:
             from rich.live import Live
 
             console = Console(stderr=True)
-            self._live: Any = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+            self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
             if self._live is not None:
                 self._live.start()
         return self

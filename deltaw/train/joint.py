@@ -25,7 +25,7 @@ _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 class Piece:
     """A packed micro-batch (1, T) of one adapter, its objective, and what its loss is divided by."""
 
-    name: str
+    name: str | None
     inputs: Inputs
     objective: CausalLoss
     units: int
@@ -39,7 +39,7 @@ class Piece:
 
 def joint_backward(board: Switchboard, pieces: Sequence[Piece]) -> list[float]:
     """Add to each adapter its gradient of its own loss, and return the losses, each divided by its units."""
-    generators = {piece.name: piece.generator for piece in pieces if piece.generator is not None}
+    generators = {p.name: p.generator for p in pieces if p.generator is not None and p.name is not None}
     with board.route([p.name for p in pieces], lengths=[p.tokens for p in pieces], generators=generators):
         losses = [loss / piece.units for loss, piece in zip(joint_losses(board, pieces), pieces, strict=True)]
         finite = [loss for loss in losses if bool(loss.detach().isfinite()) and loss.requires_grad]
@@ -72,6 +72,7 @@ def why_apart(board: Switchboard, probe: Piece, other: Piece, *, redraws: bool) 
     `probe` holds an example of the job, `other` of a neighbour. `redraws` says that dropout and recomputed activations
     meet.
     """
+    assert probe.name is not None
     targets = board.table(probe.name)
     kinds = sorted({target.site.kind for target in targets} - {"linear", "embedding"})
     if kinds:

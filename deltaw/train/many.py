@@ -256,7 +256,7 @@ class TrainMany:
                 before = job.state.tokens
                 job.settle(losses[job.name], seconds[job.name])
                 self.tokens += job.state.tokens - before
-            if job.status == "finished":
+            if job.is_finished:
                 self._end(job)
         self.rounds += 1
         return True

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.errors import ConfigError
@@ -105,7 +105,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(
     inner, max_size=3) | st.dictionaries(st.sampled_from(["base", "tasks", "adapters", "datasets", "name", "out", "r",
-                                                          "together", "x"]), inner, max_size=4), max_leaves=12))
+                                                          "together", "x"]), inner, max_size=4), max_leaves=10))
+@settings(max_examples=40)
 def test_whatever_it_holds_it_is_read_or_refused(content: object) -> None:
     from tempfile import TemporaryDirectory
 
