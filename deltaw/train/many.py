@@ -100,6 +100,8 @@ class TrainMany:
         self.lines: list[str] = []
         self.scheduler = Scheduler(config.budget_tokens)
         self.shared = BaseFigures()
+        self._base_bits: Mapping[str, int] | None = None
+        self._tried: dict[object, str] = {}
 
     # -- from nothing to the first round -----------------------------------------------------------------------------
 
@@ -160,7 +162,9 @@ class TrainMany:
         try:
             active.why_apart = self._why_apart(active)
             batches = None if job.batches is None else job.batches(self.base)
+            active.session.doctor.base = self._base_bits
             active.begin(self.record.checkpoint(job, active.session.checkpoints), batches=batches)
+            self._base_bits = active.session.doctor.base
             active.status = self.record.status(job.name)
         except Exception as error:
             self._fail(active, error)
@@ -174,6 +178,10 @@ class TrainMany:
             return "only language models with the usual loss share passes"
         if not self.choices.packed:
             return "its examples cannot lie end to end on this base"
+        redraws = config.lora.lora_dropout > 0 and config.gradient_checkpointing != "off"
+        layers = (redraws, *((target.site.kind, target.site.name) for target in self.board.table(active.name)))
+        if layers in self._tried:  # another adapter on the same layers was tried
+            return self._tried[layers]
         with self._only(active.name):
             probe = active.session.examples.batches(self.base, packed=True)
             inputs = next(probe).inputs
@@ -183,8 +191,8 @@ class TrainMany:
             return "the base draws random numbers in training"
         piece = Piece(active.name, inputs, objective, 1)
         other = next((job.name for job in self.jobs.values() if job is not active), None)
-        redraws = config.lora.lora_dropout > 0 and config.gradient_checkpointing != "off"
-        return why_apart(self.board, piece, replace(piece, name=other), redraws=redraws)
+        self._tried[layers] = why_apart(self.board, piece, replace(piece, name=other), redraws=redraws)
+        return self._tried[layers]
 
     def _fit_memory(self) -> None:
         """Count what a token keeps for the backward pass, and lower the budget to the memory that there is."""
