@@ -12,7 +12,7 @@ from deltaw.cli.parser import UsageError
 from deltaw.errors import ConfigError, Fault, TrainingError
 
 if TYPE_CHECKING:
-    from deltaw.train.many import ManyResult
+    from deltaw.train.many_result import ManyResult
 
 _BESIDE = ("jobs", "resume", "json", "debug", "report")
 

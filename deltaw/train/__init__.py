@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from deltaw.train.interrupt import TrainInterrupted
     from deltaw.train.job import Job, JobResult
     from deltaw.train.loop import fit
-    from deltaw.train.many import ManyResult, TrainMany, train_many
+    from deltaw.train.many import TrainMany, train_many
     from deltaw.train.many_config import ManyConfig
+    from deltaw.train.many_result import ManyResult
     from deltaw.train.research import AdamParams, Workbench
     from deltaw.train.result import TrainResult
     from deltaw.train.run import train
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdamParams": "research", "Job": "job", "JobResult": "job", "ManyConfig": "many_config", "ManyResult": "many",
+    "AdamParams": "research", "Job": "job", "JobResult": "job", "ManyConfig": "many_config", "ManyResult": "many_result",
     "TrainMany": "many", "Workbench": "research", "train_many": "many",
     "EvalResult": "evaluation", "TrainConfig": "config", "TrainInterrupted": "interrupt", "TrainResult": "result",
     "evaluate": "evaluation", "fit": "loop", "generate": "decoding", "score_choices": "decoding", "train": "run",

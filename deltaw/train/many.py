@@ -18,12 +18,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltaw import bases
-from deltaw.bases.packed_attention import PLACES
 from deltaw.errors import DeltawError, Fault, StateError, near
 from deltaw.switch import Switchboard, attach, detach
 from deltaw.train.announce import say
@@ -33,39 +32,15 @@ from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.job import ActiveJob, BaseFigures, Job, JobResult
 from deltaw.train.job_checks import Loader, check_jobs, load_jobs
 from deltaw.train.jobs_record import Record
-from deltaw.train.joint import Piece, draws_in_training, joint_backward, why_apart
+from deltaw.train.joint import Piece, draws_in_training, why_apart
 from deltaw.train.many_config import ManyConfig
+from deltaw.train.many_result import ManyResult
 from deltaw.train.memory import saved_bytes
 from deltaw.train.objective import CausalLoss
+from deltaw.train.passes import gradients
 from deltaw.train.prepare import Choices, Preparation
 from deltaw.train.run import TASK_TYPES, own_surroundings
-from deltaw.train.scheduler import Scheduler, fill
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManyResult:
-    """How a set ended. A run, a sweep or a comparison reads its jobs' results by name."""
-
-    jobs: Mapping[str, JobResult]
-    """Every job that was ever in the set."""
-    rounds: int
-    """Joint steps."""
-    seconds: float
-    """Time of the whole set, or of the part since it was resumed."""
-    tokens: int
-    """Tokens read in training by all jobs."""
-    lines: tuple[str, ...] = ()
-    """How it was computed, for people."""
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Names of the jobs that failed."""
-        return tuple(name for name, job in self.jobs.items() if job.status == "failed")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dict(vars(self)) | {"jobs": {name: job.to_dict() for name, job in self.jobs.items()},
-                                   "lines": list(self.lines), "failed": list(self.failed)}
+from deltaw.train.scheduler import Scheduler
 
 
 def train_many(jobs: Sequence[Job | TrainConfig], config: ManyConfig, *, base: bases.Base | None = None,
@@ -270,44 +245,8 @@ class TrainMany:
         return True
 
     def _gradients(self, chosen: Sequence[ActiveJob]) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Every chosen job's gradient in place; its losses, and its share of the time by tokens."""
-        losses: dict[str, list[float]] = {job.name: [] for job in chosen}
-        seconds = dict.fromkeys(losses, 0.0)
-        shares = {job.name for job in chosen if not job.why_apart and
-                  all(PLACES in batch.inputs for batch in job.draw().batches)}
-        for job in (job for job in chosen if job.name not in shares):
-            began = time.perf_counter()
-            with self._failing(job):
-                losses[job.name] = [job.backward_alone(i) for i in range(len(job.draw().batches))]
-            seconds[job.name] += time.perf_counter() - began
-        pieces = [(job, number) for job in chosen if job.name in shares for number in range(len(job.draw().batches))]
-        sizes = [job.draw().batches[number].tokens for job, number in pieces]
-        for members in fill(sizes, self.scheduler.budget):
-            began = time.perf_counter()
-            for (job, _), loss in zip([pieces[i] for i in members], self._pass([pieces[i] for i in members]),
-                                      strict=True):
-                losses[job.name].append(loss)
-            spent, whole = time.perf_counter() - began, sum(sizes[i] for i in members)
-            for i in members:
-                seconds[pieces[i][0].name] += spent * sizes[i] / whole
-        return losses, seconds
-
-    def _pass(self, pieces: Sequence[tuple[ActiveJob, int]]) -> list[float]:
-        """One pass: as in a run alone where all its micro-batches are one job's."""
-        if len({job.name for job, _ in pieces}) == 1:
-            return [self._alone(job, number) for job, number in pieces]
-        parts = []
-        for job, number in pieces:
-            objective, drawn = job.session.objective, job.draw()
-            assert isinstance(objective, CausalLoss)
-            parts.append(Piece(job.name, drawn.batches[number].inputs, objective, drawn.units, job.generator))
-        return joint_backward(self.board, parts)
-
-    def _alone(self, job: ActiveJob, number: int) -> float:
-        loss = float("nan")
-        with self._failing(job):
-            loss = job.backward_alone(number)
-        return loss
+        """Every chosen job's gradient in place; its losses, and its share of the time."""
+        return gradients(self.board, chosen, self.scheduler.budget, self._failing)
 
     def running(self) -> Iterator[ActiveJob]:
         """The jobs that can take a step."""
