@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdamParams": "research", "Job": "job", "JobResult": "job", "ManyConfig": "many_config", "ManyResult": "many_result",
-    "TrainMany": "many", "Workbench": "research", "train_many": "many",
+    "AdamParams": "research", "Job": "job", "JobResult": "job", "ManyConfig": "many_config",
+    "ManyResult": "many_result", "TrainMany": "many", "Workbench": "research", "train_many": "many",
     "EvalResult": "evaluation", "TrainConfig": "config", "TrainInterrupted": "interrupt", "TrainResult": "result",
     "evaluate": "evaluation", "fit": "loop", "generate": "decoding", "score_choices": "decoding", "train": "run",
 }
