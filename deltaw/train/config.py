@@ -1,26 +1,23 @@
 """`TrainConfig`: one training run as a value: base, data, the change to train, and how.
 
 Frozen and checked when it is made; every fault is named at once. The docstring line under each field is also the
-command line's help. What depends on the data (numbers of steps) is worked out in `deltaw.train.run`.
+command line's help. What values may be is checked in `deltaw.train.config_checks`; what depends on the data (numbers of
+steps) is worked out in `deltaw.train.run`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
-
-Metric = Callable[[Sequence[Any], Sequence[Any]], float]
-"""A custom metric: (predictions, references) to one number, where higher is better."""
+from deltaw.train.config_checks import faults_of
+from deltaw.train.figures import Metric, metric_name
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-METRICS = ("exact_match", "accuracy", "f1")
 _LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
 
@@ -151,7 +148,7 @@ class TrainConfig:
             object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.columns, Mapping):
             object.__setattr__(self, "columns", dict(self.columns))
-        faults.extend(_faults(self))
+        faults.extend(faults_of(self))
         if faults:
             raise ConfigError(*faults)
 
@@ -206,96 +203,3 @@ class TrainConfig:
 
 def _began_with(value: object) -> str:
     return f"{value!r}, as when the run began"
-
-
-def metric_name(metric: str | Metric) -> str:
-    """The name under which a metric is reported."""
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-
-
-class _Checks:
-    """Gathers the faults of a config's values."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.faults = config, list[Fault]()
-
-    def check(self, ok: bool, name: str, expected: str, remedy: str = "") -> None:
-        """Note a fault of the field `name` unless it is `ok`."""
-        if not ok:
-            self.faults.append(Fault(f"TrainConfig.{name}", f"got {getattr(self.config, name)!r}", expected, remedy))
-
-    def each(self, names: str, right: Callable[[Any], bool], expected: str) -> None:
-        """Check several fields alike."""
-        for name in names.split():
-            self.check(right(getattr(self.config, name)), name, expected)
-
-    def one_of(self, name: str, choices: Sequence[str]) -> None:
-        """Check that the field is one of these words."""
-        value = getattr(self.config, name)
-        self.check(value in choices, name, "one of " + ", ".join(choices), near(str(value), choices))
-
-
-def _faults(config: TrainConfig) -> list[Fault]:
-    """All that is wrong with the values themselves, without a model or data."""
-    checks = _Checks(config)
-    checks.each("model data out name", lambda v: isinstance(v, str) and v != "", "a text that is not empty")
-    checks.one_of("task", get_args(Task))
-    checks.one_of("schedule", get_args(Schedule))
-    checks.one_of("train_on", ("completion", "all"))
-    checks.one_of("packing", ("auto", "off"))
-    checks.one_of("compile", ("auto", "on", "off"))
-    checks.one_of("optimizer", ("adamw", "adamw8bit"))
-    checks.one_of("gradient_checkpointing", ("off", "layer", "attention"))
-    if config.dtype in ("fp16", "float16"):
-        checks.check(False, "dtype", "bf16 or fp32", "float16 overflows in training without loss scaling")
-    else:
-        checks.one_of("dtype", ("auto", "bf16", "fp32", "bfloat16", "float32"))
-    checks.check(isinstance(config.device, str) and _is_device(config.device), "device", "auto, cpu, cuda or mps")
-    checks.each("batch_size grad_accumulation max_new_tokens keep_checkpoints", lambda v: _whole(v, 1),
-                "a whole number >= 1")
-    checks.check(_whole(config.doctor_steps, 2), "doctor_steps", "a whole number >= 2",
-                 "The A of a LoRA has a gradient from the second step on")
-    checks.each("max_length max_steps batch_tokens threads early_stop eval_rows", lambda v: v is None or _whole(v, 1),
-                "a whole number >= 1, or nothing")
-    checks.each("eval_every save_every warmup_steps", lambda v: v is None or _whole(v, 0),
-                "a whole number >= 0, or nothing")
-    checks.each("samples seed", lambda v: _whole(v, 0), "a whole number >= 0")
-    checks.each("epochs learning_rate eps loraplus_lr_ratio", lambda v: _number(v) and v > 0, "a number above 0")
-    checks.each("weight_decay max_grad_norm z_loss", lambda v: _number(v) and v >= 0, "a number >= 0")
-    checks.each("warmup_ratio label_smoothing", lambda v: _number(v) and 0 <= v < 1, "0 <= ratio < 1")
-    checks.each("betas", lambda v: isinstance(v, tuple) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
-                "two numbers, 0 <= beta < 1")
-    checks.each("valid", lambda v: v is None or (_number(v) and 0 < v < 1) or (isinstance(v, str) and v != ""),
-                "a file, 0 < fraction < 1, or nothing")
-    checks.each("columns", lambda v: isinstance(v, dict), "a mapping of roles to columns")
-    checks.each("lora", lambda v: isinstance(v, (LoraConfig, Mapping)), "a LoraConfig")
-    checks.each("resume group_by_length allow_unused freeze_a", lambda v: isinstance(v, bool),
-                "True or False")
-    return checks.faults + _metric_faults(config)
-
-
-def _metric_faults(config: TrainConfig) -> list[Fault]:
-    """What is wrong with the metrics, and with what is judged by them."""
-    faults = [Fault("TrainConfig.metrics", f"got {metric!r}", "of " + ", ".join(METRICS) + ", or a function",
-                    near(str(metric), METRICS))
-              for metric in config.metrics if not callable(metric) and metric not in METRICS]
-    measured = ["loss", *(metric_name(m) for m in config.metrics)]
-    if config.keep_best is not None and config.keep_best not in measured:
-        faults.append(Fault("TrainConfig.keep_best", f"got {config.keep_best!r}", "one of " + ", ".join(measured),
-                            near(str(config.keep_best), measured) or "Name it in metrics too"))
-    if config.early_stop is not None and (config.keep_best is None or config.eval_every == 0):
-        faults.append(Fault("TrainConfig.early_stop", f"got {config.early_stop!r}",
-                            "evaluations and a keep_best to judge by", "Set eval_every and keep_best"))
-    return faults
-
-
-def _is_device(name: str) -> bool:
-    return re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name) is not None
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -22,8 +22,8 @@ from torch import nn
 
 from deltaw.data import EncodedData, Example, LabelledExample, Prompt, collate
 from deltaw.errors import ConfigError, Fault
-from deltaw.train.config import Metric, metric_name
 from deltaw.train.decoding import decode, device_of, generate, score_choices, stop_tokens
+from deltaw.train.figures import Metric, metric_name
 from deltaw.train.objective import IGNORED, CausalLoss, ClassLoss
 
 MOST_CHOICES = 32

@@ -14,7 +14,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from deltaw import bases
 from deltaw.errors import ConfigError, Fault
 from deltaw.store.atomic import replace_folder
 from deltaw.switch import Switchboard, attach
+from deltaw.train.announce import announce, say
 from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
 from deltaw.train.config import TrainConfig
 from deltaw.train.cross_entropy import Terms
@@ -40,7 +40,8 @@ from deltaw.train.objective import objective_for
 from deltaw.train.optimizer import adamw, schedule, warmup_of
 from deltaw.train.prepare import Choices, Preparation
 from deltaw.train.progress import MetricsLog, ProgressBar, Together, read_metrics
-from deltaw.train.result import Answer, SiteRow, TrainResult
+from deltaw.train.record import facts, improvement, site_rows, versions
+from deltaw.train.result import Answer, TrainResult
 from deltaw.train.state import Pace, State
 from deltaw.train.summary import print_summary
 from deltaw.train.tuning import LoraTuning
@@ -235,53 +236,3 @@ def pace_of(config: TrainConfig, batches_per_epoch: int) -> Pace:
     return Pace(steps=steps, rate=lambda step: config.learning_rate * factor(step), accumulate=config.grad_accumulation,
                 max_grad_norm=config.max_grad_norm, eval_every=eval_every, keep_best=config.keep_best,
                 save_every=eval_every if config.save_every is None else config.save_every, patience=config.early_stop)
-
-
-def facts(config: TrainConfig, base: bases.Base, examples: Examples, state: State, before: Mapping[str, float],
-          after: Mapping[str, float]) -> dict[str, Any]:
-    """What travels with the adapter: its base, its template, and how it was made."""
-    return {"base_model": base.source, "template": bases.template_hash(base.tokenizer),
-            "tokenizer": bases.tokenizer_hash(base.tokenizer),
-            "training": {"config": config.to_dict(), "steps": state.step, "best_step": state.best_step,
-                         "tokens": state.tokens, "supervised": state.units, "seconds": round(state.seconds, 1),
-                         "data": examples.facts(), "before": dict(before), "after": dict(after),
-                         "versions": versions()}}
-
-
-def improvement(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, str]:
-    """Whether the held-out loss fell; told and not judged, since a run may be after something else."""
-    word = "fell" if after["loss"] < before["loss"] else "DID NOT FALL"
-    return {"held-out": f"the loss {word}: {before['loss']:.4f} before, {after['loss']:.4f} after"}
-
-
-def site_rows(board: Switchboard, name: str) -> tuple[SiteRow, ...]:
-    """What the adapter changes, one row for each site."""
-    return tuple(SiteRow(target.site.name, target.site.kind, tuple(target.site.geometry.shape), target.rank,
-                         target.parameters) for target in board.table(name))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes a run."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for package in ("deltaw", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def announce(base: bases.Base, examples: Examples) -> None:
-    """Say what was loaded and what was left out."""
-    count = sum(p.numel() for p in base.model.parameters())
-    say(f"base {base.source}: {count / 1e6:,.1f} M parameters in {str(base.dtype).removeprefix('torch.')} "
-        f"({base.dtype_reason})")
-    say(examples.describe())
-
-
-def say(text: str, quiet: bool = False) -> None:
-    """One line for the person at the terminal."""
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
