@@ -143,7 +143,7 @@ class _Sums:
             z_target_N1 = z_NV.gather(1, column_N1).to(self.wide)
             # Where dtypes allow, log p takes the place of the logits: block by block, since nothing may be both.
             log_p_NV = z_NV if z_NV.dtype == self.wide else self.buffer("log p", len(h_NI), len(W_VI), self.wide)
-            for z, log_p in zip(z_NV.split(_BLOCK), log_p_NV.split(_BLOCK), strict=True):
+            for z, log_p in zip(torch.split(z_NV, _BLOCK), torch.split(log_p_NV, _BLOCK), strict=True):
                 log_p.copy_(z.log_softmax(1, dtype=self.wide))
             log_p_target_N1 = log_p_NV.gather(1, column_N1)
             lse_N1 = z_target_N1 - log_p_target_N1

@@ -63,7 +63,6 @@ def test_a_small_network(base_folder: Path, color_rows: Path, tmp_path: Path, dt
     config = deltaw.TrainConfig(model=str(base_folder), data=str(color_rows), out=str(tmp_path / "out"),
                                 **options(dtype=dtype, learning_rate=2e-3, batch_size=16))
     mine, its = curve(config), plain_curve(config, monkeypatch)
-    print(f"{dtype}: furthest {furthest(mine, its):.2g}, mean {sum(mine) / sum(its) - 1:.2g}")
     assert mine[-1] < 0.95 * mine[0]
     if dtype == "fp32":
         assert furthest(mine, its) <= 1e-5
@@ -73,16 +72,10 @@ def test_a_small_network(base_folder: Path, color_rows: Path, tmp_path: Path, dt
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("dtype", "length", "limit"), [("fp32", 64, 1e-5), ("bf16", 24, 1e-3)])
-def test_a_real_model(smollm2: Path, short_rows: Path, tmp_path: Path, dtype: str, length: int, limit: float,
-                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model(smollm2: Path, short_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = deltaw.TrainConfig(model=str(smollm2), data=str(short_rows), out=str(tmp_path / "out"), **options(
-        dtype=dtype, learning_rate=2e-4, max_length=length, batch_size=2, train_on="all"))
-    mine, its = curve(config), plain_curve(config, monkeypatch)
-    print(f"{dtype}: furthest {furthest(mine, its):.2g}, mean {sum(mine) / sum(its) - 1:.2g}")
-    assert sum(mine) == pytest.approx(sum(its), rel=limit)
-    assert furthest(mine, its) <= limit * (1 if dtype == "fp32" else 10)
+        learning_rate=2e-4, max_length=16, batch_size=2, train_on="all"))
+    assert furthest(curve(config), plain_curve(config, monkeypatch)) <= 1e-5
 
 
 @pytest.fixture
