@@ -18,7 +18,7 @@ from deltaw.train.figures import Metric, metric_name
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples")
+_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
 
 
@@ -46,6 +46,8 @@ class TrainConfig:
     """Learn from the answers only, or from every token."""
     valid: str | float | None = None
     """Held-out data: a file, or a fraction of the data; by default the data's own valid part, else 0.1."""
+    cache_data: bool = True
+    """Keep the tokens of larger data files in DELTAW_HOME, where the next run over the same data finds them."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The low-rank change to train."""
     name: str = "default"

@@ -28,6 +28,7 @@ from deltaw.data import (
 )
 from deltaw.train.config import TrainConfig
 from deltaw.train.decoding import device_of
+from deltaw.train.prefetch import Prefetched
 from deltaw.train.state import Batch
 
 _LONGEST = 1024
@@ -54,13 +55,14 @@ class Examples:
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches in a pass over the training data."""
-        return self._stream().batches_per_epoch
+        return self.stream().batches_per_epoch
 
-    def batches(self, base: bases.Base, *, packed: bool = False) -> ExampleBatches:
-        """The seeded stream of micro-batches, on the model's device, padded or end to end."""
-        return ExampleBatches(self._stream(), base, packed=packed)
+    def batches(self, base: bases.Base, *, packed: bool = False) -> Prefetched:
+        """The seeded stream of micro-batches, on the model's device, padded or end to end; each made ahead."""
+        return Prefetched(ExampleBatches(self.stream(), Layout(base, packed=packed)))
 
-    def _stream(self) -> BatchStream[Example | LabelledExample]:
+    def stream(self) -> BatchStream[Example | LabelledExample]:
+        """The seeded stream of the examples of each micro-batch."""
         config = self.config
         lengths = self.train.lengths[self.train_rows]
         return BatchStream(Subset(self.train, self.train_rows), config.batch_size, config.seed, lengths=lengths,
@@ -83,21 +85,37 @@ class Examples:
         if stats.truncated or stats.dropped_no_supervision:
             text += (f"\n{stats.truncated:,} examples were cut to max_length; {stats.dropped_no_supervision:,} lost "
                      "every supervised token by that and were left out")
+        if self.train.from_cache:
+            text += "\nthe tokens are those that an earlier run made of this data"
         return text
+
+
+class Layout:
+    """How the examples of a batch become tensors on the model's device: padded, or end to end."""
+
+    def __init__(self, base: bases.Base, *, packed: bool) -> None:
+        self.pad, self.device, self.packed = base.tokenizer.pad_token_id, device_of(base.model), packed
+
+    def batch(self, examples: Sequence[Example | LabelledExample]) -> Batch:
+        """One micro-batch; where packed examples begin stays on the CPU, which asks for it."""
+        inputs = pack([e for e in examples if isinstance(e, Example)]) if self.packed else collate(examples, self.pad)
+        return Batch({name: tensor if name == PLACES else self.moved(tensor) for name, tensor in inputs.items()},
+                     tuple(example.where for example in examples))
+
+    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the model's device; to a GPU by way of pinned memory, without waiting."""
+        fast = self.device.type == "cuda"
+        return (tensor.pin_memory() if fast else tensor).to(self.device, non_blocking=fast)
 
 
 class ExampleBatches:
     """`Batches` over a stream of examples."""
 
-    def __init__(self, stream: BatchStream[Example | LabelledExample], base: bases.Base, *,
-                 packed: bool = False) -> None:
-        self.stream, self.pad, self.device = stream, base.tokenizer.pad_token_id, device_of(base.model)
-        self.packed = packed
+    def __init__(self, stream: BatchStream[Example | LabelledExample], layout: Layout) -> None:
+        self.stream, self.layout = stream, layout
 
     def __next__(self) -> Batch:
-        examples = next(self.stream)
-        inputs = pack([e for e in examples if isinstance(e, Example)]) if self.packed else collate(examples, self.pad)
-        return Batch(on_device(inputs, self.device), tuple(example.where for example in examples))
+        return self.layout.batch(next(self.stream))
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's place."""
@@ -106,13 +124,6 @@ class ExampleBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a place in the stream."""
         self.stream.load_state_dict(dict(state))
-
-
-def on_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch on the model's device; where packed examples begin is asked on the CPU."""
-    fast = device.type == "cuda"
-    return {name: tensor if name == PLACES else (tensor.pin_memory() if fast else tensor).to(
-        device, non_blocking=fast) for name, tensor in inputs.items()}
 
 
 def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
@@ -149,7 +160,8 @@ def _load(config: TrainConfig, source: str, base: bases.Base, split: str,
     limit = base.max_positions
     longest = config.max_length or min(_LONGEST, limit or _LONGEST)
     return load_data(source, tokenizer=base.tokenizer, task=config.task, split=split, columns=config.columns or None,
-                     max_length=longest, model_limit=limit, train_on=config.train_on, labels=labels)
+                     max_length=longest, model_limit=limit, train_on=config.train_on, labels=labels,
+                     cache=config.cache_data)
 
 
 def _digest(source: str, data: EncodedData) -> str:

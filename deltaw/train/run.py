@@ -42,7 +42,7 @@ from deltaw.train.prepare import Choices, Preparation
 from deltaw.train.progress import MetricsLog, ProgressBar, Together, read_metrics
 from deltaw.train.record import facts, improvement, site_rows, versions
 from deltaw.train.result import Answer, TrainResult
-from deltaw.train.state import Pace, State
+from deltaw.train.state import Batches, Pace, State
 from deltaw.train.summary import print_summary
 from deltaw.train.tuning import LoraTuning
 
@@ -109,7 +109,12 @@ class Session:
 
     def train(self) -> State:
         """Run the loop, from the start or from the last checkpoint."""
-        config, batches = self.config, self.examples.batches(self.base, packed=self.choices.packed)
+        with self.examples.batches(self.base, packed=self.choices.packed) as batches:
+            return self.train_on(batches)
+
+    def train_on(self, batches: Batches) -> State:
+        """The loop over these batches."""
+        config = self.config
         state = State()
         found = self.checkpoints.latest() if config.resume else None
         if found is not None:
@@ -162,7 +167,7 @@ class Session:
             curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.board, self.config.name),
             checks={check.name: check.found for check in self.doctor.checks} | improvement(self.before, after)
             | ({"computed": "; ".join(self.choices.lines)} if self.choices.lines else {}),
-            data=self.examples.facts(),
+            plain_layers=self.choices.plain, data=self.examples.facts(),
             trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
             base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in trained),
             adapter_bytes=sum((self.out / name).stat().st_size for name in

@@ -56,6 +56,8 @@ def cost_rows(result: TrainResult) -> list[tuple[str, str]]:
     ]
     if result.peak_memory:
         rows.append(("peak memory", size(result.peak_memory)))
+    if result.plain_layers:
+        rows.append(("not fused", "; ".join(f"{n} layers: {reason}" for reason, n in result.plain_layers.items())))
     return [*rows, ("base", f"{result.base}, {result.precision}")]
 
 

@@ -27,7 +27,7 @@ TRAIN: dict[str, tuple[str, Any]] = {
     "task": ("seq-cls", "seq-cls"),
     "columns": ("prompt=question,completion=a=b", {"prompt": "question", "completion": "a=b"}),
     "max_length": ("77", 77), "train_on": ("all", "all"), "valid": ("0.25", 0.25), "name": ("sql", "sql"),
-    "epochs": ("2.5", 2.5), "max_steps": ("9", 9), "batch_size": ("3", 3), "group_by_length": ("no-", False),
+    "cache_data": ("no-", False), "epochs": ("2.5", 2.5), "max_steps": ("9", 9), "batch_size": ("3", 3), "group_by_length": ("no-", False),
     "grad_accumulation": ("4", 4), "learning_rate": ("1e-4", 1e-4), "schedule": ("cosine", "cosine"),
     "warmup_ratio": ("0.2", 0.2), "warmup_steps": ("5", 5), "weight_decay": ("0.01", 0.01),
     "betas": ("0.8,0.95", (0.8, 0.95)),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import LoraConfig
+from deltaw.core.layers import plain_layers
 from deltaw.errors import StateError
 from tests.laws.dense import error, fill
 from tests.laws.test_undo import snapshot
@@ -77,6 +78,8 @@ def test_training_and_values(kind: str) -> None:
     frozen = model[0].weight.clone()
     board = deltaw.attach(model, LoraConfig(r=4, bias="lora_only"), "a", seed=0)
     assert {t.site.geometry.shape for t in board.table("a") if t.rank} == {(32, 64), (8, 32)}
+    reason = f"{type(model[0]).__name__} multiplies in a way of its own"
+    assert plain_layers(lambda: model(x)) == {reason: ("0",), "a trained bias": ("1",)}
     optimizer = torch.optim.AdamW(board.parameters("a").values(), lr=0.01)
     losses: list[Tensor] = []
     for _ in range(5):

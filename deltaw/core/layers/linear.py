@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.core.kernels import Projection, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
-from deltaw.core.layers.shared_input import calls
+from deltaw.core.layers.shared_input import Narrow, calls, watched_by
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
 from deltaw.core.state import Route
@@ -35,12 +35,18 @@ class AdaptedLinear(Adapted):
     followers: tuple[AdaptedLinear, ...] = ()
     """Layers that are called after this one with its input; see `shared_input`."""
 
+    narrow: Narrow | None = None
+    """What this layer and all others of its input share while a compiler traces them."""
+
+    place: int = 0
+    """This layer's place among them."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output plus what is on; fused where that is known to give the same."""
         if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        if args and isinstance(args[0], Tensor):
-            calls.watch(self, args[0])
+            return self.traced(*args, **kwargs)
+        if calls.watcher is not None and args and isinstance(args[0], Tensor):
+            calls.watcher(self, args[0])
         if len(args) != 1 or kwargs or not self.can_fuse(args[0]):
             return super().forward(*args, **kwargs)
         x: Tensor = args[0]
@@ -61,26 +67,56 @@ class AdaptedLinear(Adapted):
         mix = self.state.mix if route is None else dict.fromkeys(route.unique, 1.0)
         return {name: weight for name, weight in mix.items() if name in self.slots or name in self.biases}
 
+    def traced(self, *args: Any, **kwargs: Any) -> Any:
+        """Plain operations, for a compiler; the narrow products of layers that share x are one."""
+        active, narrow = self.active(), self.narrow
+        if narrow is None or len(args) != 1 or kwargs or len(active) != 1 or lora.autocasts(args[0]) \
+                or self.state.compute_dtype is not None or (self.state.route and not self.state.route.is_uniform):
+            return super().forward(*args, **kwargs)
+        (name, weight), = active.items()
+        if not all(layer.is_low_rank_only(name) for layer in narrow.layers):
+            return super().forward(*args, **kwargs)
+        slot, h = self.slots[name], narrow.of(self.place, args[0], name)
+        return lora.add_widened(self.inner(args[0]), h, slot.factors()[1], slot.scaling * weight)
+
+    def is_low_rank_only(self, name: str) -> bool:
+        """Whether an adapter changes this layer by B(A x) and nothing else, with no dropout now."""
+        slot = self.slots.get(name)
+        return slot is not None and name not in self.biases and not (slot.dropout and self.training)
+
     def can_fuse(self, x: Any) -> bool:
         """Whether this call is training of one adapter over a plain frozen layer, with nothing that looks inside."""
-        if not torch.is_grad_enabled() or type(x) is not Tensor or not x.numel():
-            return False
+        return torch.is_grad_enabled() and type(x) is Tensor and bool(x.numel()) and not self.obstacle(x)
+
+    def obstacle(self, x: Tensor) -> str:
+        """What keeps training on x from being one fused node, in a few words; "" where nothing does."""
         route, host, weight = self.state.route, self.host, self.host._parameters["weight"]
-        if (route is not None and not route.is_uniform) or not self._is_plain or type(weight) is not nn.Parameter:
-            return False
+        if not self._is_plain or type(weight) is not nn.Parameter:
+            return f"{type(host).__name__} multiplies in a way of its own"
+        if route is not None and not route.is_uniform:
+            return "rows of several adapters in a batch"
+        if lora.autocasts(x):
+            return "autocast"
         bias = host._parameters.get("bias")
-        if weight.requires_grad or weight.dtype != x.dtype or not floating(x) or weight.device != x.device \
-                or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype)):
-            return False
-        if self.state.compute_dtype not in (None, x.dtype) or lora.autocasts(x) or _transformed():
-            return False
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return "the base's weight or bias is trained too"
+        if weight.dtype != x.dtype or not floating(x) or (bias is not None and bias.dtype != x.dtype):
+            return f"{_name(weight.dtype)} weights on a {_name(x.dtype)} input"
+        if weight.device != x.device:
+            return "weight and input are on two devices"
+        if self.state.compute_dtype not in (None, x.dtype):
+            return f"low-rank products in {_name(self.state.compute_dtype)} on a {_name(x.dtype)} input"
+        if _transformed():
+            return "a transform of torch.func"
         active = self.active()
-        return len(active) == 1 and not self.biases.keys() & active.keys()
+        if self.biases.keys() & active.keys():
+            return "a trained bias"
+        return "" if len(active) == 1 else f"{len(active)} adapters at once"
 
     def can_follow(self, x: Tensor, name: str) -> bool:
         """Whether this layer's output may be made before it is called: no hook of its host would notice."""
-        slot, host = self.slots.get(name), self.host
-        return (slot is not None and not (slot.dropout and self.training) and host._modules.get(CHILD) is self
+        host = self.host
+        return (self.is_low_rank_only(name) and host._modules.get(CHILD) is self
                 and host.__dict__.get("forward") == self.forward and not host._forward_pre_hooks
                 and self.can_fuse(x) and self.in_features == x.shape[-1])
 
@@ -166,11 +202,35 @@ def share(runs: Sequence[Sequence[AdaptedLinear]]) -> list[Sequence[AdaptedLinea
     for run in runs:
         steady = [layer for layer in run if times[id(layer)] == 1]
         for layer in run:
-            layer.followers = ()
+            layer.followers, layer.narrow = (), None
         if len(steady) > 1:
             steady[0].followers = tuple(steady[1:])
+            narrow = Narrow(steady)
+            for place, layer in enumerate(steady):
+                layer.narrow, layer.place = narrow, place
             groups.append(steady)
     return groups
+
+
+def plain_layers(forward: Callable[[], object]) -> dict[str, tuple[str, ...]]:
+    """Watch one forward: the sites, by reason, that train in plain operations instead of as one fused node.
+
+    Both compute the same. Layers without an active adapter are left out.
+    """
+    found: dict[str, list[str]] = {}
+
+    def note(layer: AdaptedLinear, x: Tensor) -> None:
+        reason = layer.obstacle(x) if layer.active() else ""
+        if reason and layer.site not in found.setdefault(reason, []):
+            found[reason].append(layer.site)
+
+    with torch.no_grad(), watched_by(note):
+        forward()
+    return {reason: tuple(sites) for reason, sites in found.items()}
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _transformed() -> bool:
