@@ -20,8 +20,9 @@ import torch
 from deltaw import bases
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
 from deltaw.data import collate, pack
+from deltaw.inject.blocks import repeated_layers
 from deltaw.switch import Switchboard
-from deltaw.train.compile import REPAID_AFTER, compiled_layers, repeated_layers, why_not
+from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluating
 from deltaw.train.examples import Examples, on_device
