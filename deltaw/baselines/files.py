@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaw import __version__, store
-from deltaw.baselines.config import BaselineConfig, trains_lora
+from deltaw.baselines.config import BaselineConfig, trains_lora, virtual_tokens
 from deltaw.baselines.methods import METHODS
 from deltaw.baselines.peft_files import PROMPT, peft_config
 from deltaw.baselines.tuned import Baseline, Recipe, check_base
@@ -47,6 +47,11 @@ class SavedBaseline:
     def config(self) -> BaselineConfig:
         """The method's options."""
         return self.recipe.config
+
+    @property
+    def takes_positions(self) -> int:
+        """How many of the base's positions it takes."""
+        return virtual_tokens(self.recipe.method, self.recipe.config)
 
     def put_on(self, model: nn.Module, *, any_base: bool = False) -> Baseline:
         """The method on a model, with the saved values, on and frozen.
@@ -92,6 +97,13 @@ def save(tuned: Baseline, path: str | Path) -> None:
         files |= {CONFIG_FILE: json.dumps(options, indent=2, sort_keys=True).encode(),
                   TENSORS_FILE: to_bytes({PROMPT: value}, path)}
     replace_folder(path, files)
+
+
+def names(tuned: Baseline) -> tuple[str, ...]:
+    """The files that `save` writes for it."""
+    if tuned.recipe.method == "lora":
+        return CONFIG_FILE, TENSORS_FILE, RECORD_FILE
+    return (RECORD, TENSORS) if peft_config(tuned) is None else (RECORD, CONFIG_FILE, TENSORS_FILE)
 
 
 def is_baseline(path: str | Path) -> bool:

@@ -143,8 +143,8 @@ def _head(model: nn.Module, config: BaselineConfig, head: list[str]) -> list[str
         return head
     modules = head_modules(model) if hasattr(model, "base_model") else ()
     if not modules:
-        raise TargetError(Fault("method head", f"{type(model).__name__} has no head of its own", "one that is not tied to "
-                                "the word embeddings", "Use another method"))
+        raise TargetError(Fault("method head", f"{type(model).__name__} has no head of its own", "one that is not "
+                                "tied to the word embeddings", "Use another method"))
     return [f"{name}.{leaf}" for name in modules for leaf, _ in model.get_submodule(name).named_parameters()]
 
 

@@ -58,7 +58,7 @@ class Past(Hooked):
     def table(self) -> Tensor:
         """P, (l_p, L·2·d_kv)."""
         P: Tensor = self.held.prefix  # type: ignore[assignment]
-        return P if "mlp" not in self.held._modules else self.held.mlp(P)  # type: ignore[operator, no-any-return]
+        return P if "mlp" not in self.held._modules else self.held.mlp(P)  # type: ignore[operator]
 
     def _fill(self, hidden: int | None, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):

@@ -27,7 +27,8 @@ class Stack:
         self.layers = [layer for _, layer in self.named]
         accepts = set(inspect.signature(self.body.forward).parameters)
         if getattr(self.config, "is_encoder_decoder", False) or not self.layers:
-            raise TargetError(Fault(f"method {method}", f"{where} is not one stack of layers", "an encoder or a decoder"))
+            raise TargetError(Fault(f"method {method}", f"{where} is not one stack of layers",
+                                    "an encoder or a decoder"))
         if not getattr(self.config, "num_attention_heads", None) or not {"attention_mask", "inputs_embeds"} <= accepts:
             raise TargetError(Fault(f"method {method}", f"{where} has no attention over embedded tokens",
                                     "a network whose tokens attend to trained ones"))

@@ -3,9 +3,9 @@
     DID     θ = θ₀ + P θ_d                          |Θ| = d
     SAID    θ_i = θ₀_i + λ_i · (P θ_{d-m})_i        |Θ| = d, of which m are the scales λ of the m layers
 
-θ_d begins at zero and λ at one, so that training begins at θ₀: every parameter of the model, the head too. A layer is one
-of the repeated blocks; what stands before them (embeddings) is one more, and what stands after them (a last norm, a
-head) another. Weights are computed from θ_d each time they are used: P is never formed (see `fastfood`).
+θ_d begins at zero and λ at one, so that training begins at θ₀: every parameter of the model, the head too. A layer is
+one of the repeated blocks; what stands before them (embeddings) is one more, and what stands after them (a last norm,
+a head) another. Weights are computed from θ_d each time they are used: P is never formed (see `fastfood`).
 """
 
 from __future__ import annotations

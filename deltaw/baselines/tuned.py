@@ -61,6 +61,8 @@ class Baseline:
         trained = {id(p) for p in self.parameters().values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        if takes:
+            self._model.__dict__[TAKEN_POSITIONS] = takes  # on or off, so that rows which fit always do
         self._on = False
         self._turn(True)
 
@@ -100,6 +102,13 @@ class Baseline:
         for part in self.parts:
             part.put({name: values[name] for name in {**part.values(), **part.kept_beside()}})
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that `save` writes."""
+        from deltaw.baselines.files import names
+
+        return names(self)
+
     def count(self, *, head: bool = True) -> int:
         """Values that were learned and are kept; without `head`, as papers count, those of a new head left out."""
         names = set() if head else {*self.head, *self._saved_heads()}
@@ -130,6 +139,11 @@ class Baseline:
         finally:
             self._turn(before)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the method takes effect."""
+        return self._on
+
     def use(self, on: bool) -> None:
         """Turn the method on or off."""
         self._turn(on)
@@ -151,9 +165,6 @@ class Baseline:
         for part in self.parts:
             part.turn(on)
         self._on = on
-        self._model.__dict__.pop(TAKEN_POSITIONS, None)
-        if on and self.takes:
-            self._model.__dict__[TAKEN_POSITIONS] = self.takes
 
     def _take_off(self) -> None:
         if any(isinstance(part, Replaced) and not part.own for part in self.parts):

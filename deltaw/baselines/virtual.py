@@ -1,8 +1,8 @@
 """Trained tokens among a row's own: PreEmbed and PreLayer (Hu et al. 2021, section 5.1).
 
-    preembed    the tokens' word embeddings are trained                     |Θ| = d·(l_p + l_i)       (Lester et al. 2021)
-    prelayer    what enters each of the L layers at them is trained, and
-                replaces what the layer before computed                     |Θ| = L·d·(l_p + l_i)     (Li & Liang 2021)
+    preembed    the tokens' word embeddings are trained                |Θ| = d·(l_p + l_i)     (Lester et al. 2021)
+    prelayer    what enters each of the L layers at them is trained,
+                and replaces what the layer before computed            |Θ| = L·d·(l_p + l_i)   (Li & Liang 2021)
 
 The network's body gets longer rows, and what comes out has the rows' own tokens only: heads, losses and `generate` need
 not know. A key-value cache holds the trained tokens like any others; a mark on it says where they are.
@@ -132,8 +132,8 @@ class VirtualTokens(Hooked):
                                    "while the method was on", "Start the text anew"))
         ends = sorted(set(getattr(cache, _MARK).tolist()))
         if self.infix and len(ends) > 1:  # rows may have changed places since
-            raise StateError(Fault("the cache", f"holds prompts that end at {ends[:4]}", "prompts that end together, since "
-                                   "infix tokens stand after them", "Pad on the left"))
+            raise StateError(Fault("the cache", f"holds prompts that end at {ends[:4]}", "prompts that end together, "
+                                   "since infix tokens stand after them", "Pad on the left"))
         return seen - self.prefix - self.infix
 
 

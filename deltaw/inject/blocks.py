@@ -49,7 +49,7 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 def named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """`repeated_layers` with their dotted names."""
     lists = [(name, list(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    alike = [(name, layers) for name, layers in lists if len(layers) > 1 and len({type(layer) for layer in layers}) == 1]
+    alike = [(name, layers) for name, layers in lists if len(layers) > 1 and len(set(map(type, layers))) == 1]
     if not alike:
         return []
     name, layers = max(alike, key=lambda found: sum(p.numel() for layer in found[1] for p in layer.parameters()))

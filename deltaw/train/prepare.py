@@ -21,13 +21,13 @@ from deltaw import bases
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
 from deltaw.data import collate, pack
 from deltaw.inject.blocks import repeated_layers
-from deltaw.switch import Switchboard
 from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluating
 from deltaw.train.examples import Examples, on_device
 from deltaw.train.memory import recompute_activations, recomputed
 from deltaw.train.objective import Objective
+from deltaw.train.tuning import Attached
 
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 _WORTH = 0.97
@@ -51,9 +51,9 @@ class Choices:
 class Preparation:
     """Makes the choices for one run, in the order in which one rests on another."""
 
-    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, board: Switchboard,
+    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, tuning: Attached,
                  objective: Objective, steps: int) -> None:
-        self.config, self.base, self.examples, self.board = config, base, examples, board
+        self.config, self.base, self.examples, self.tuning = config, base, examples, tuning
         self.objective, self.steps = objective, steps
 
     @contextmanager
@@ -74,10 +74,13 @@ class Preparation:
             yield choices
 
     def share(self) -> None:
-        """Compute linear layers of one input together."""
+        """Compute linear layers of one input together, where they have low-rank changes."""
+        board = self.tuning.board
+        if board is None:
+            return
         inputs = self.batch(1, packed=False)
         with evaluating(self.base.model):
-            self.board.share_inputs(lambda: self.objective.loss(self.base.model, inputs))
+            board.share_inputs(lambda: self.objective.loss(self.base.model, inputs))
 
     def recompute(self, choices: Choices, stack: ExitStack) -> str:
         """Gradient checkpointing as it was asked for, or of whole layers where attention cannot be told apart."""
@@ -100,7 +103,9 @@ class Preparation:
         wanted, model = self.config.packing, self.base.model
         if self.config.task != "causal-lm" or wanted == "off":
             return False
-        if not takes_packed(model):
+        if not self.tuning.packs:
+            reason = f"{self.config.method} puts tokens of its own into each row"
+        elif not takes_packed(model):
             reason = f"{type(model).__name__} does not let its attention be chosen"
         elif recorded is not None and not recorded.packed:
             return False
@@ -120,6 +125,9 @@ class Preparation:
         """Whether the repeated layers are compiled; leaves them so on the stack."""
         wanted, model = self.config.compile, self.base.model
         if wanted == "off" or (recorded is not None and not recorded.compiled):
+            return False
+        if not self.tuning.compiles:
+            choices.lines.append(f"compile: off, {self.config.method} changes more than layers")
             return False
         if not repeated_layers(model):
             choices.lines.append("compile: off, this network repeats no layer")
