@@ -40,6 +40,8 @@ class Past(Hooked):
         self._fill(hidden, seed)
         self.keep(stack.body, CHILD, self.held)
         self.handles.append(stack.body.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self.handles.append(stack.body.register_forward_hook(self._leave))
+        self.lent = False
 
     @property
     def numbers(self) -> int:
@@ -100,6 +102,7 @@ class Past(Hooked):
             raise StateError(Fault("past_key_values", "were computed without the prefix", "a cache that began while "
                                    "the method was on", "Start the text anew"))
         mask_BT = plain_mask(given.get("attention_mask"), own, seen and seen - self.prefix)
+        self.lent = cache is None and not self.stack.makes_cache(given)
         if not seen:
             cache = given["past_key_values"] = self._begin(cache, given, len(own))
         mask_BS = torch.cat([mask_BT.new_ones(len(mask_BT), self.prefix), mask_BT], 1)
@@ -107,6 +110,12 @@ class Past(Hooked):
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + self.prefix
         return (), given
+
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Keep a cache that nobody asked for to oneself."""
+        if self.lent and not isinstance(output, tuple):
+            output.past_key_values = None
+        self.lent = False
 
     def _begin(self, cache: Any, given: dict[str, Any], rows: int) -> Any:
         """A cache that holds the prefix of every row."""
