@@ -13,6 +13,15 @@ SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
 DECODERS = ("llama", "qwen2", "gemma2", "gpt2")
 ENCODERS = ("bert", "roberta", "deberta", "mpnet")
+FAST = ("llama", "gpt2", "bert")
+"""The families that every run of the tests looks at; the others are looked at with the slow tests."""
+
+
+def families(*names: str) -> list[Any]:
+    """Families as parameters of a test, all but a few of them marked slow."""
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "preembed": {"prefix_tokens": 3, "infix_tokens": 2}, "prelayer": {"prefix_tokens": 3, "infix_tokens": 2},
     "lora+pe": {"prefix_tokens": 3, "infix_tokens": 2}, "lora+pl": {"prefix_tokens": 3, "infix_tokens": 2},

@@ -16,7 +16,8 @@ from deltaw.errors import AdapterFileError, BaseMismatchError
 from tests.baselines.conftest import OPTIONS
 
 PAST = {"prefix_form": "past", "prefix_tokens": 3, "prefix_hidden": 5, "infix_tokens": 0}
-CASES = [(method, family, {}) for method in METHODS for family in ("qwen2", "bert")] + [("prelayer", "gpt2", PAST)]
+CASES = [pytest.param(method, family, {}, marks=() if family == "bert" else pytest.mark.slow)
+         for method in METHODS for family in ("qwen2", "bert")] + [("prelayer", "gpt2", PAST)]
 
 
 def trained(method: str, model: Any, **options: Any) -> Any:
@@ -46,7 +47,7 @@ def test_what_was_saved_comes_back(method: str, family: str, options: dict[str, 
 
 
 @pytest.mark.parametrize("options", [{"prefix_tokens": 3, "infix_tokens": 0}, PAST], ids=["prompt", "prefix"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_peft_loads_a_prompt_and_a_prefix(family: str, options: dict[str, Any], tiny: Callable[..., Any],
                                           rows: dict[str, Any], tmp_path: Path) -> None:

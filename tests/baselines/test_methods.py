@@ -19,11 +19,12 @@ from deltaw.train.loop import fit
 from deltaw.train.objective import objective_for
 from deltaw.train.optimizer import adamw
 from deltaw.train.state import Pace
-from tests.baselines.conftest import DECODERS, ENCODERS, OPTIONS
+from tests.baselines.conftest import DECODERS, ENCODERS, FAST, OPTIONS, families
 
 FAMILIES = DECODERS + ENCODERS
 NOT_THERE = {("bitfit", "llama"), ("bitfit", "gemma2"), ("head", "gemma2"), ("head", "gpt2")}
-CASES = [(method, family) for method in TAKEN for family in FAMILIES if (method, family) not in NOT_THERE]
+CASES = [pytest.param(method, family, marks=() if family in FAST else pytest.mark.slow)
+         for method in TAKEN for family in FAMILIES if (method, family) not in NOT_THERE]
 
 
 def put_on(method: str, model: nn.Module, **options: Any) -> Any:
@@ -63,7 +64,7 @@ def test_a_method_trains_what_it_says_and_is_undone_to_the_bit(method: str, fami
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", families(*ENCODERS))
 def test_a_new_head_is_trained_with_every_method_and_not_counted_as_its_own(family: str,
                                                                             tiny: Callable[..., Any]) -> None:
     heads = [module for name, module in tiny(family).named_children() if name in ("classifier", "pooler")]

@@ -16,8 +16,7 @@ from deltaw.train.loop import fit
 from deltaw.train.objective import CausalLoss
 from deltaw.train.optimizer import adamw
 from deltaw.train.state import Pace
-from tests.baselines.conftest import DECODERS
-
+from tests.baselines.conftest import DECODERS, families
 
 peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -112,7 +111,7 @@ def test_training_the_models_own_parameters_is_what_torch_does(method: str, fami
 
 
 @peft_warns
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_prompt_tuning_is_pefts(family: str, tiny: Callable[..., Any], rows: dict[str, Any]) -> None:
     import peft
 
@@ -127,7 +126,7 @@ def test_prompt_tuning_is_pefts(family: str, tiny: Callable[..., Any], rows: dic
 
 
 @peft_warns
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_prefix_tuning_of_keys_and_values_is_pefts(family: str, tiny: Callable[..., Any], rows: dict[str, Any]) -> None:
     import peft
 

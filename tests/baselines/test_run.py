@@ -20,6 +20,7 @@ from tests.train.conftest import character_tokenizer
 
 WORDS = {"llama": "causal-lm", "gpt2": "causal-lm", "bert": "seq-cls"}
 PAST = {"prefix_form": "past", "prefix_tokens": 3, "prefix_hidden": 5, "infix_tokens": 0}
+QUICK = ("bitfit", "preembed", "adapter-h", "lora+pl")
 CASES = [("full", "llama", {}), ("ft-top-k", "gpt2", {}), ("head", "bert", {}), ("bitfit", "gpt2", {}),
          ("bitfit", "bert", {}), ("preembed", "llama", {}), ("preembed", "bert", {}), ("prelayer", "gpt2", {}),
          ("prelayer", "llama", PAST), ("adapter-h", "bert", {}), ("adapter-l", "llama", {}), ("adapter-p", "bert", {}),
@@ -65,7 +66,9 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(("method", "family", "extra"), CASES)
+@pytest.mark.parametrize(("method", "family", "extra"), [
+    pytest.param(*case, marks=() if (case[0] in QUICK and case[1] != "bert") or case[0] == "adapter-h"
+                 else pytest.mark.slow) for case in CASES])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(method: str, family: str, extra: dict[str, Any],
                                                          config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +117,9 @@ def test_options_of_one_method_are_no_options_of_another(config: Callable[..., d
         config("prelayer", "llama", PAST, gradient_checkpointing="layer")
 
 
-@pytest.mark.parametrize(("method", "family"), [("prelayer", "llama"), ("adapter-h", "gpt2"), ("preembed", "gpt2")])
+@pytest.mark.parametrize(("method", "family"), [
+    ("prelayer", "llama"), pytest.param("adapter-h", "gpt2", marks=pytest.mark.slow),
+    pytest.param("preembed", "gpt2", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_nothing(method: str, family: str, config: Callable[..., deltaw.TrainConfig],
                                                 tmp_path: Path) -> None:
     found = [deltaw.train(config(method, family, out=str(tmp_path / mode), gradient_checkpointing=mode, samples=0,
@@ -122,7 +127,9 @@ def test_gradient_checkpointing_changes_nothing(method: str, family: str, config
     assert found[0].after["loss"] == pytest.approx(found[1].after["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("method", "family"), [("prelayer", "llama"), ("bitfit", "bert"), ("bitfit", "gpt2")])
+@pytest.mark.parametrize(("method", "family"), [
+    ("prelayer", "llama"), pytest.param("bitfit", "bert", marks=pytest.mark.slow),
+    pytest.param("bitfit", "gpt2", marks=pytest.mark.slow)])
 def test_the_command_line_trains_measures_and_answers(method: str, family: str, places: dict[str, Path],
                                                       tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, data = str(tmp_path / "out"), str(places[WORDS[family]])

@@ -11,7 +11,7 @@ import torch
 from deltaw.baselines import METHODS, BaselineConfig, prompt_ends
 from deltaw.baselines.layout import layout
 from deltaw.errors import StateError
-from tests.baselines.conftest import DECODERS, ENCODERS
+from tests.baselines.conftest import DECODERS, ENCODERS, families
 
 KINDS = {"preembed": {"prefix_tokens": 3, "infix_tokens": 2}, "prelayer": {"prefix_tokens": 3, "infix_tokens": 2},
          "past": {"prefix_tokens": 3, "prefix_form": "past"},
@@ -35,7 +35,7 @@ def test_a_layout_by_hand() -> None:
         [9, 9, 1, 1, 9, 1, 0], [9, 9, 1, 1, 1, 9, 1]]
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_preembed_is_a_row_with_the_embeddings_put_in(family: str, tiny: Callable[..., Any]) -> None:
     model = tiny(family)
     ids, ends = torch.randint(3, 64, (2, 7)), torch.tensor([4, 6])
@@ -68,7 +68,7 @@ def test_prelayer_replaces_what_layers_computed(tiny: Callable[..., Any]) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_generation_with_a_cache_and_left_padding_is_that_without(kind: str, family: str,
                                                                   tiny: Callable[..., Any]) -> None:
     model = tiny(family)
@@ -95,7 +95,7 @@ def test_generation_with_a_cache_and_left_padding_is_that_without(kind: str, fam
 
 
 @pytest.mark.parametrize("kind", ["preembed", "prelayer", "past"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "deberta"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "bert", "roberta", "deberta"))
 def test_a_row_does_not_see_the_batch_around_it(kind: str, family: str, tiny: Callable[..., Any],
                                                 rows: dict[str, Any]) -> None:
     if (kind, family) == ("past", "deberta"):
