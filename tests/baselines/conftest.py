@@ -36,8 +36,9 @@ def build(family: str, seed: int = 0, **fields: Any) -> Any:
     import transformers as t
 
     encoder = {**SMALL, "num_labels": 3}
-    deberta = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "share_att_key": True,
-               "position_biased_input": False, "norm_rel_ebd": "layer_norm", "pooler_hidden_size": 32}
+    deberta = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16,
+               "share_att_key": True, "position_biased_input": False,
+               "norm_rel_ebd": "layer_norm", "pooler_hidden_size": 32}
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "llama": (t.LlamaForCausalLM, t.LlamaConfig, {**SMALL, **GROUPED}),
         "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config, {**SMALL, "num_key_value_heads": 2}),

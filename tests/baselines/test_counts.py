@@ -123,7 +123,7 @@ def test_lora_on_all_four_matrices_of_gpt3() -> None:
 
 
 def test_lora_with_trained_tokens_adds_up() -> None:
-    """Table 15: l_p = 8, l_i = 4 beside r_q = r_v = 8: 37.8M with PreEmbed; 52.8M with PreLayer, where the formula gives 51.9M."""
+    """Table 15: l_p = 8, l_i = 4 beside r_q = r_v = 8; 37.8M with PreEmbed, and 52.8M with PreLayer, for 51.9M here."""
     tokens = {"prefix_tokens": 8, "infix_tokens": 4}
     assert count("gpt3", "lora+pe", attention(8, "q-v"), **tokens) == 37_748_736 + 12 * 12288 == 37_896_192
     assert count("gpt3", "lora+pl", attention(8, "q-v"), **tokens) == 37_748_736 + 96 * 12 * 12288 == 51_904_512

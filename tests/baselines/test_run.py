@@ -86,7 +86,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(method: str, family: st
             deltaw.train(config(method, family, extra), quiet=True)
     again = deltaw.train(config(method, family, extra, resume=True), quiet=True)
     assert (again.before, again.after, again.best_step) == (whole.before, whole.after, whole.best_step)
-    curves = [[row for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("out", "whole")]
+    curves = [list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("out", "whole")]
     assert [row["loss"] for row in curves[0]] == [row["loss"] for row in curves[1]]
     saved = baselines.read(tmp_path / "out")
     for name in {"tuning.safetensors", "adapter_model.safetensors"} & {p.name for p in (tmp_path / "out").iterdir()}:

@@ -135,8 +135,8 @@ def test_the_tables_above_hold_every_field() -> None:
     assert set(MERGE) == {f.name for f in fields(merge_verb.MergeOptions)}
 
 
-@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, BaselineConfig, eval_verb.EvalOptions, generate_verb.GenerateOptions,
-                                    Sampling, merge_verb.MergeOptions])
+@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, BaselineConfig, eval_verb.EvalOptions,
+                                    generate_verb.GenerateOptions, Sampling, merge_verb.MergeOptions])
 def test_every_field_is_documented_on_one_line(config: type) -> None:
     docs = field_docs(config)
     for field in fields(config):
