@@ -21,14 +21,15 @@ class Replaced(Part):
 
     def __init__(self, kind: str, model: nn.Module, names: Iterable[str]) -> None:
         self.kind = kind
-        wanted = set(names)
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        wanted = {id(by_name[name]) for name in names}
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
         self.own: dict[str, nn.Parameter] = {}
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
             for leaf, parameter in module._parameters.items():
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                if parameter is not None and (name in wanted or id(parameter) in first):
+                if parameter is not None and id(parameter) in wanted:
                     shown = first.setdefault(id(parameter), name)
                     self.own.setdefault(shown, parameter)
                     self.places.setdefault(shown, []).append((module, leaf))

@@ -21,6 +21,9 @@ from deltaw.core.layers import floating
 from deltaw.errors import BaseMismatchError, Fault, StateError
 from deltaw.switch import Switchboard
 
+_METHOD = "deltaw_method"
+"""Attribute of a model that a method is on: its name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
@@ -44,6 +47,9 @@ class Baseline:
 
         With `packs` the method goes with rows that hold several examples, with `compiles` with compiled layers.
         """
+        if _METHOD in model.__dict__:
+            raise StateError(Fault("the model", f"has method {model.__dict__[_METHOD]} on it", "a model without one",
+                                   "Call remove() first"))
         self._model, self.recipe, self.head, self.takes = model, recipe, tuple(head), takes
         self.packs, self.compiles = packs, compiles
         self.facts: dict[str, Any] = {}
@@ -61,6 +67,7 @@ class Baseline:
         trained = {id(p) for p in self.parameters().values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        self._model.__dict__[_METHOD] = recipe.method
         if takes:
             self._model.__dict__[TAKEN_POSITIONS] = takes  # on or off, so that rows which fit always do
         self._on = False
@@ -172,7 +179,8 @@ class Baseline:
         for part in reversed(self.parts):
             part.remove()
         self.parts = []
-        self._model.__dict__.pop(TAKEN_POSITIONS, None)
+        for mark in (TAKEN_POSITIONS, _METHOD):
+            self._model.__dict__.pop(mark, None)
         for parameter, required in self._required:
             parameter.requires_grad_(required)
 

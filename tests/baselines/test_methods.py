@@ -141,6 +141,17 @@ def test_forgetting_the_base_is_final(tiny: Callable[..., Any]) -> None:
         tuned.remove()
 
 
+def test_a_model_has_one_method_at_a_time(tiny: Callable[..., Any]) -> None:
+    from deltaw.errors import StateError
+
+    model = tiny("gpt2")
+    tuned = put_on("bitfit", model)
+    with pytest.raises(StateError, match=r"has method bitfit on it.*remove"):
+        put_on("adapter-h", model)
+    tuned.remove()
+    put_on("adapter-h", model).remove()
+
+
 def test_a_seed_decides_what_is_drawn(tiny: Callable[..., Any]) -> None:
     for method in ("adapter-h", "preembed", "prelayer", "lora"):
         one, same, other = (METHODS[method](tiny("llama"), BaselineConfig(**OPTIONS.get(method, {})), seed)
