@@ -29,6 +29,8 @@ Task = Literal["causal-lm", "seq-cls"]
 TASKS: tuple[Task, ...] = ("causal-lm", "seq-cls")
 _TOKENIZER_UNLIMITED = 10**9
 _RESERVED_POSITIONS = 2
+TAKEN_POSITIONS = "deltaw_taken_positions"
+"""Attribute of a model some of whose positions hold trained tokens: how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +57,21 @@ class Base:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence of tokens that the model takes, or None where it states no limit."""
+        limit = self._stated_positions()
+        return None if limit is None else limit - taken_positions(self.model)
+
+    def _stated_positions(self) -> int | None:
         stated = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         spoken = self.tokenizer.model_max_length  # 10^30 for "unknown"; often a default far below the model's own
         if stated is None:
             return spoken if spoken < _TOKENIZER_UNLIMITED else None
         # RoBERTa's 514 positions take 512 tokens, and only its tokenizer says so.
         return int(spoken if 0 < stated - spoken <= _RESERVED_POSITIONS else stated)
+
+
+def taken_positions(model: Any) -> int:
+    """How many of a model's positions trained tokens take, beside a row's own."""
+    return int(getattr(model, TAKEN_POSITIONS, 0))
 
 
 def load_base(

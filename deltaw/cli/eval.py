@@ -15,7 +15,7 @@ from deltaw.cli.models import (
     Opened,
     is_classifier,
     open_model,
-    read_adapter,
+    read_tuned,
     recorded_base,
     training_facts,
 )
@@ -25,6 +25,7 @@ from deltaw.cli.parser import Parser, UsageError
 from deltaw.errors import ConfigError, Fault, near
 
 if TYPE_CHECKING:
+    from deltaw.baselines import SavedBaseline
     from deltaw.core import Adapter
     from deltaw.data import EncodedData
 
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     if "data" not in values:
         raise UsageError("--data: is missing; expected a file, a folder or a Hub data set id")
     config = build(EvalOptions, values)
-    adapter = read_adapter(config.adapter) if config.adapter is not None else None
+    adapter = read_tuned(config.adapter) if config.adapter is not None else None
     if adapter is None and config.model is None:
         raise UsageError("--model: is missing; expected a base, or an --adapter that records its base")
     if config.threads is not None:
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
                 [[name, *(figure(name, found[name]) for found in figures.values())] for name in names])
 
 
-def open_both(config: EvalOptions, adapter: Adapter | None) -> tuple[Opened, EncodedData]:
+def open_both(config: EvalOptions, adapter: Adapter | SavedBaseline | None) -> tuple[Opened, EncodedData]:
     """The base with the adapter on it, and the data as it was tokenised in the adapter's training."""
     adapters = {"adapter": adapter} if adapter is not None else {}
     if not is_classifier(adapter):
@@ -133,7 +134,8 @@ def open_both(config: EvalOptions, adapter: Adapter | None) -> tuple[Opened, Enc
     return open_model(config, adapters, task="seq-cls", labels=labels), data
 
 
-def encode(config: EvalOptions, adapter: Adapter | None, base: Any, labels: list[str] | None) -> EncodedData:
+def encode(config: EvalOptions, adapter: Adapter | SavedBaseline | None, base: Any,
+           labels: list[str] | None) -> EncodedData:
     """The examples as tokens."""
     from deltaw.data import available_splits, load_data
 
@@ -142,6 +144,8 @@ def encode(config: EvalOptions, adapter: Adapter | None, base: Any, labels: list
     split: str = config.split or next(name for name in ("test", "valid", "train") if name in there)
     task: Literal["causal-lm", "seq-cls"] = "causal-lm" if labels is None else "seq-cls"
     limit = base.max_positions
+    if limit is not None and labels is not None and adapter is not None:  # that base was opened without the adapter
+        limit -= getattr(adapter, "takes_positions", 0)
     length = config.max_length or min(trained.get("max_length") or 1024, limit or 1024)
     columns = trained.get("columns") if config.columns is None else config.columns
     return load_data(config.data, tokenizer=base.tokenizer, task=task, split=split, columns=columns or None,
@@ -150,14 +154,14 @@ def encode(config: EvalOptions, adapter: Adapter | None, base: Any, labels: list
 
 
 def measure(opened: Opened, data: EncodedData, rows: range, config: EvalOptions,
-            adapter: Adapter | None) -> dict[str, Any]:
+            adapter: Adapter | SavedBaseline | None) -> dict[str, Any]:
     """The figures of the model as it is now."""
     from deltaw.train.evaluation import evaluate
 
     trained = training_facts(adapter)
     metrics = config.metrics if config.metrics is not None else tuple(
         name for name in trained.get("metrics") or () if name in METRICS) or _fitting(data)
-    say(f"evaluating {'the adapter' if opened.board is not None and opened.board.active else 'the base'}")
+    say(f"evaluating {'the adapter' if opened.is_on else 'the base'}")
     return evaluate(opened.base.model, opened.base.tokenizer, data, rows=rows, metrics=metrics,
                     batch_size=config.batch_size,
                     max_new_tokens=config.max_new_tokens or trained.get("max_new_tokens") or 64).to_dict()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deltaw.baselines.config import BaselineConfig
 from deltaw.cli.build import build, read_config_file
 from deltaw.cli.main import VERBS
 from deltaw.cli.options import add_options, given
@@ -29,14 +30,16 @@ def parser() -> Parser:
     """The options: those of `TrainConfig` and `LoraConfig`, and a file to take them from."""
     made = Parser("train", VERBS["train"], usage="train --model MODEL --data DATA --out FOLDER [OPTIONS]",
                   epilog=EPILOG)
-    add_options(made, TrainConfig, "The run", skip=("lora",),
+    add_options(made, TrainConfig, "The run", skip=("lora", "baseline"),
                 metavars={"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME",
                           "metrics": "NAME,...", "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X",
                           "valid": "FILE|X"})
     add_options(made, LoraConfig, "The adapter")
+    add_options(made, BaselineConfig, "The other methods")
     group = made.add_argument_group("Files")
     group.add_argument("--config", metavar="FILE", help="Take options from a .json or .toml file with the names above, "
-                       "those of the adapter under `lora`; options given beside it count more.")
+                       "those of the adapter under `lora` and of other methods under `baseline`; options given beside "
+                       "it count more.")
     group.add_argument("--report", dest="report", action=argparse.BooleanOptionalAction,
                        help="Write report.html beside the adapter. [default: true]")
     made.add_general_options()
@@ -50,7 +53,11 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     lora = values.get("lora", {})
     if not isinstance(lora, Mapping):
         raise UsageError(f"{file}: lora is {lora!r}; expected an object with the adapter's options")
-    merged = {**values, **given(options, TrainConfig), "lora": {**lora, **given(options, LoraConfig)}}
+    baseline = values.get("baseline", {})
+    if not isinstance(baseline, Mapping):
+        raise UsageError(f"{file}: baseline is {baseline!r}; expected an object with the method's options")
+    merged = {**values, **given(options, TrainConfig), "lora": {**lora, **given(options, LoraConfig)},
+              "baseline": {**baseline, **given(options, BaselineConfig)}}
 
     def make(**values: Any) -> TrainConfig:
         return TrainConfig.from_dict(values)
@@ -81,6 +88,8 @@ def next_commands(config: TrainConfig) -> list[str]:
     adapter, merged = quote(config.out), quote(config.out.rstrip("/") + "-merged")
     if config.task == "seq-cls":
         return [f"deltaw eval --adapter {adapter} --data {quote(config.data)}"]
-    return [f"deltaw generate --adapter {adapter} 'a prompt like those in your data'",
-            f"deltaw chat --adapter {adapter}",
+    asks = f"deltaw generate --adapter {adapter} 'a prompt like those in your data'"
+    if config.method != "lora":
+        return [asks]
+    return [asks, f"deltaw chat --adapter {adapter}",
             f"deltaw merge --model {quote(config.model)} --adapter {adapter} --out {merged}"]

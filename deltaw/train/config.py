@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from deltaw.baselines.config import BaselineConfig, Method
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
 from deltaw.train.config_checks import faults_of
@@ -20,6 +21,8 @@ Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
 _LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
+_INNER: Mapping[str, type[LoraConfig] | type[BaselineConfig]] = {"lora": LoraConfig, "baseline": BaselineConfig}
+"""Fields that are configs themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,12 @@ class TrainConfig:
     """Held-out data: a file, or a fraction of the data; by default the data's own valid part, else 0.1."""
     cache_data: bool = True
     """Keep the tokens of larger data files in DELTAW_HOME, where the next run over the same data finds them."""
+    method: Method = "lora"
+    """What is trained: lora, or another method to compare it with."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The low-rank change to train."""
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    """Options of the other methods."""
     name: str = "default"
     """Name of the adapter."""
 
@@ -134,13 +141,14 @@ class TrainConfig:
     """Accept adapter tensors that no example reaches in these steps, such as those of rare experts."""
 
     def __post_init__(self) -> None:
-        lora: Any = self.lora
         faults: list[Fault | str] = []
-        if isinstance(lora, Mapping):
-            try:
-                object.__setattr__(self, "lora", LoraConfig.from_dict(lora))
-            except ConfigError as error:
-                faults.extend(error.faults)
+        for name, kind in _INNER.items():
+            value: Any = getattr(self, name)
+            if isinstance(value, Mapping):
+                try:
+                    object.__setattr__(self, name, kind.from_dict(value))
+                except ConfigError as error:
+                    faults.extend(error.faults)
         metrics: Any = self.metrics
         single = isinstance(metrics, str) or callable(metrics)
         object.__setattr__(self, "metrics", (metrics,) if single else tuple(metrics))
@@ -158,14 +166,16 @@ class TrainConfig:
     def from_dict(cls, options: Mapping[str, Any]) -> TrainConfig:
         """The config with these options; unknown and missing keys are refused, all at once, with near matches."""
         known = {f.name for f in fields(cls)}
-        lora_fields = {f.name for f in fields(LoraConfig)}
+        inner = {f.name: name for name, kind in _INNER.items() for f in fields(kind)}
         faults = []
         for key in options:
-            if key in lora_fields and key not in known:
-                faults.append(Fault(f"TrainConfig option '{key}'", "is an option of the adapter", "it inside 'lora'"))
+            if key in inner and key not in known:
+                whose = "the adapter" if inner[key] == "lora" else "another method"
+                faults.append(Fault(f"TrainConfig option '{key}'", f"is an option of {whose}",
+                                    f"it inside '{inner[key]}'"))
             elif key not in known:
                 faults.append(Fault(f"TrainConfig option '{key}'", "is unknown", "an option of TrainConfig",
-                                    near(key, [*sorted(known), *sorted(lora_fields)])))
+                                    near(key, [*sorted(known), *sorted(inner)])))
         faults += [Fault(f"TrainConfig option '{key}'", "is missing", "a value")
                    for key in ("model", "data", "out") if key not in options]
         if faults:
@@ -175,7 +185,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values; a custom metric becomes its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"lora": self.lora.to_dict(), "columns": dict(self.columns), "betas": list(self.betas),
+        values |= {name: getattr(self, name).to_dict() for name in _INNER}
+        values |= {"columns": dict(self.columns), "betas": list(self.betas),
                    "metrics": [metric_name(metric) for metric in self.metrics]}
         return values
 
@@ -194,9 +205,9 @@ class TrainConfig:
         found = []
         for name in names:
             now, then = current[name], recorded.get(name)
-            if name == "lora" and isinstance(then, Mapping):
+            if name in _INNER and isinstance(then, Mapping):
                 inner = [key for key in now if now[key] != then.get(key)]
-                found += [Fault(f"TrainConfig.lora.{key}", f"got {now[key]!r}", _began_with(then.get(key)))
+                found += [Fault(f"TrainConfig.{name}.{key}", f"got {now[key]!r}", _began_with(then.get(key)))
                           for key in inner]
             else:
                 found.append(Fault(f"TrainConfig.{name}", f"got {now!r}", _began_with(then)))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.bases.load import taken_positions
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.train.objective import IGNORED, CausalLoss
 
@@ -106,4 +107,5 @@ def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], long
 
 def _positions(model: Any) -> int:
     """The longest sequence that the model's position table holds; a large number where it has none."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(stated or 1 << 30) - taken_positions(model)

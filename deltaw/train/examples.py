@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltaw import bases
+from deltaw import baselines, bases
 from deltaw.bases.packed_attention import PLACES
 from deltaw.data import (
     BatchStream,
@@ -33,6 +33,7 @@ from deltaw.train.state import Batch
 
 _LONGEST = 1024
 _HELD_OUT = 0.1
+_TRAIN_THE_BASE = ("full", "ft-top-k", "head", "bitfit", "subspace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +135,12 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
     """
     device = config.chosen_device()
     classifies = config.task == "seq-cls"
-    base = bases.load_base(config.model, task=config.task, dtype=config.dtype, device="meta" if classifies else device)
+    # Steps of a usual size are lost when they are added to weights in bfloat16.
+    dtype = "fp32" if config.dtype == "auto" and config.method in _TRAIN_THE_BASE else config.dtype
+    base = bases.load_base(config.model, task=config.task, dtype=dtype, device="meta" if classifies else device)
     train = _load(config, config.data, base, "train")
     if classifies:
-        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=train.label_names,
+        base = bases.load_base(config.model, task=config.task, dtype=dtype, labels=train.label_names,
                                device=device)
     rows: NDArray[np.int64] = np.arange(len(train))
     named = isinstance(config.valid, str)
@@ -158,6 +161,8 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
 def _load(config: TrainConfig, source: str, base: bases.Base, split: str,
           labels: Sequence[str] | None = None) -> EncodedData:
     limit = base.max_positions
+    if limit is not None:
+        limit -= baselines.virtual_tokens(config.method, config.baseline)
     longest = config.max_length or min(_LONGEST, limit or _LONGEST)
     return load_data(source, tokenizer=base.tokenizer, task=config.task, split=split, columns=config.columns or None,
                      max_length=longest, model_limit=limit, train_on=config.train_on, labels=labels,

@@ -22,14 +22,15 @@ import torch
 from deltaw import bases
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
 from deltaw.core.layers import plain_layers
-from deltaw.switch import Switchboard
-from deltaw.train.compile import REPAID_AFTER, compiled_layers, repeated_layers, why_not
+from deltaw.inject.blocks import repeated_layers
+from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluating
 from deltaw.train.examples import Examples, Layout
 from deltaw.train.gated import gated_modules, product_made_again
 from deltaw.train.memory import recompute_activations, recomputed, release_at_once
 from deltaw.train.objective import CausalLoss, Inputs, Objective
+from deltaw.train.tuning import Attached
 
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 _WORTH = 0.97
@@ -55,9 +56,9 @@ class Choices:
 class Preparation:
     """Makes the choices for one run, in the order in which one rests on another."""
 
-    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, board: Switchboard,
+    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, tuning: Attached,
                  objective: Objective, steps: int) -> None:
-        self.config, self.base, self.examples, self.board = config, base, examples, board
+        self.config, self.base, self.examples, self.tuning = config, base, examples, tuning
         self.objective, self.steps = objective, steps
 
     @contextmanager
@@ -81,8 +82,10 @@ class Preparation:
 
     def share(self, choices: Choices) -> None:
         """Compute linear layers of one input together; say which layers, and whether the loss, cannot be fused."""
-        self.board.share_inputs(self.look)
-        choices.plain = {reason: len(sites) for reason, sites in plain_layers(self.look).items()}
+        board = self.tuning.board
+        if board is not None:
+            board.share_inputs(self.look)
+            choices.plain = {reason: len(sites) for reason, sites in plain_layers(self.look).items()}
         if choices.plain:
             layers = ", ".join(f"{count} ({reason})" for reason, count in choices.plain.items())
             choices.lines.append(f"plain operations instead of fused ones: {layers} of the adapted linear layers")
@@ -117,7 +120,9 @@ class Preparation:
         wanted, model = self.config.packing, self.base.model
         if self.config.task != "causal-lm" or wanted == "off":
             return False
-        if not takes_packed(model):
+        if not self.tuning.packs:
+            reason = f"{self.config.method} puts tokens of its own into each row"
+        elif not takes_packed(model):
             reason = f"{type(model).__name__} does not let its attention be chosen"
         elif recorded is not None and not recorded.packed:
             return False
@@ -137,6 +142,9 @@ class Preparation:
         """Whether the repeated layers are compiled; leaves them so on the stack."""
         wanted, model = self.config.compile, self.base.model
         if wanted == "off" or (recorded is not None and not recorded.compiled):
+            return False
+        if not self.tuning.compiles:
+            choices.lines.append(f"compile: off, {self.config.method} changes more than layers")
             return False
         if not repeated_layers(model):
             choices.lines.append("compile: off, this network repeats no layer")

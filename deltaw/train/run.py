@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from deltaw import bases
+from deltaw import baselines, bases
+from deltaw.baselines.files import FILES
 from deltaw.errors import ConfigError, Fault
 from deltaw.store.atomic import replace_folder
-from deltaw.switch import Switchboard, attach
+from deltaw.switch import attach
 from deltaw.train.announce import announce, say
 from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
 from deltaw.train.config import TrainConfig
@@ -44,7 +45,7 @@ from deltaw.train.record import facts, improvement, site_rows, versions
 from deltaw.train.result import Answer, TrainResult
 from deltaw.train.state import Batches, Pace, State
 from deltaw.train.summary import print_summary
-from deltaw.train.tuning import LoraTuning
+from deltaw.train.tuning import Attached, LoraTuning
 
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "train_config.json", "metrics.jsonl", "train_result.json"
@@ -65,9 +66,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         base, examples = load_examples(config)
         if not quiet:
             announce(base, examples)
-        board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task]),
-                       name=config.name, seed=config.seed)
-        session = Session(config, out, base, examples, board, quiet=quiet)
+        session = Session(config, out, base, examples, quiet=quiet)
         with session.prepared():
             state = session.train()
         result = session.finish(state, began)
@@ -79,18 +78,17 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
 class Session:
     """One run in the making: what is needed before, during and after the loop."""
 
-    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, board: Switchboard, *,
-                 quiet: bool) -> None:
-        self.config, self.out, self.base, self.examples, self.board = config, out, base, examples, board
-        self.quiet = quiet
-        self.tuning = LoraTuning(board, config.name, freeze_a=config.freeze_a)
+    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, *, quiet: bool) -> None:
+        self.config, self.out, self.base, self.examples, self.quiet = config, out, base, examples, quiet
+        self.base_parameters = sum(p.numel() for p in base.model.parameters())
+        self.tuning = put_on(config, base.model)
         self.objective = objective_for(config.task, Terms(config.label_smoothing, config.z_loss))
         self.choices = Choices()
         self.doctor = Doctor(self.tuning, window=config.doctor_steps, allow_unused=config.allow_unused)
         self.optimizer = adamw(self.tuning.parameters(), learning_rate=config.learning_rate, eps=config.eps,
                                weight_decay=config.weight_decay, betas=config.betas,
                                ratio_of_B=config.loraplus_lr_ratio, bits=8 if config.optimizer == "adamw8bit" else 32)
-        self.identity = identity(config, data_sha256=examples.digest, base=board.fingerprint().to_dict())
+        self.identity = identity(config, data_sha256=examples.digest, base=self.tuning.fingerprint().to_dict())
         self.checkpoints = Checkpoints(out / CHECKPOINTS, self.identity, keep=config.keep_checkpoints)
         self.pace = pace_of(config, self.examples.batches_per_epoch)
         self.shown = examples.valid_rows[:config.samples] if config.task == "causal-lm" and examples.has_prompts else []
@@ -101,7 +99,7 @@ class Session:
         file = self.out / CHOICES_FILE
         resumes = self.config.resume and self.checkpoints.latest() is not None and file.is_file()
         recorded = Choices(**json.loads(file.read_text(encoding="utf-8"))) if resumes else None
-        preparation = Preparation(self.config, self.base, self.examples, self.board, self.objective, self.pace.steps)
+        preparation = Preparation(self.config, self.base, self.examples, self.tuning, self.objective, self.pace.steps)
         with preparation.applied(recorded) as self.choices:
             for line in self.choices.lines:
                 say(line, self.quiet)
@@ -127,9 +125,10 @@ class Session:
                                   CHOICES_FILE: json.dumps(self.choices.to_dict(), indent=1).encode()})
         (self.out / RESULT_FILE).unlink(missing_ok=True)
         log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
-        with self.board.off():
+        with self.tuning.off():
             self.before = self.figures_before(log, resumed=found is not None)
             self.answers_before = self.answer()
+        self.tuning.forget_base()
         with ExitStack() as stack:
             watches: list[Any] = [log]
             if not self.quiet:
@@ -157,21 +156,20 @@ class Session:
         after = self.evaluate().figures
         answered = tuple(Answer(self.prompt_text(row), self.examples.valid.prompt(row).answer, *pair) for row, *pair in
                          zip(self.shown, self.answers_before, self.answer(), strict=True))
-        trained = {id(p) for p in self.tuning.parameters().values()}
-        model = self.base.model
         self.tuning.note(**facts(self.config, self.base, self.examples, state, self.before, after))
         self.tuning.save(self.out)
+        for name in set(FILES) - set(self.tuning.file_names):  # of another method, trained into this folder before
+            (self.out / name).unlink(missing_ok=True)
         result = TrainResult(
             adapter=str(self.out), base=self.base.source, config=self.config.to_dict(), steps=state.step,
             planned_steps=self.pace.steps, best_step=best, before=self.before, after=after, answers=answered,
-            curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.board, self.config.name),
+            curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.tuning),
             checks={check.name: check.found for check in self.doctor.checks} | improvement(self.before, after)
             | ({"computed": "; ".join(self.choices.lines)} if self.choices.lines else {}),
             plain_layers=self.choices.plain, data=self.examples.facts(),
             trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
-            base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in trained),
-            adapter_bytes=sum((self.out / name).stat().st_size for name in
-                              ("adapter_config.json", "adapter_model.safetensors", "deltaw.json")),
+            base_parameters=self.base_parameters,
+            adapter_bytes=sum((self.out / name).stat().st_size for name in self.tuning.file_names),
             tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
             peak_memory=peak_memory(), precision=f"{self.base.dtype}".removeprefix("torch.") +
             f": {self.base.dtype_reason}", versions=versions())
@@ -203,6 +201,16 @@ class Session:
     def prompt_text(self, row: int) -> str:
         """The prompt of a held-out row, in the row's own words."""
         return self.examples.valid.question(row)
+
+
+def put_on(config: TrainConfig, model: Any) -> Attached:
+    """What the config trains, on the model; `TargetError` where the model lacks what the method needs."""
+    if config.method == "lora":
+        lora = replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task])
+        return LoraTuning(attach(model, lora, name=config.name, seed=config.seed), config.name,
+                          freeze_a=config.freeze_a)
+    return baselines.METHODS[config.method](model, config.baseline, config.seed,
+                                            lora=config.lora if baselines.trains_lora(config.method) else None)
 
 
 def check_folder(out: Path, config: TrainConfig) -> None:

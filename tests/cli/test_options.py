@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deltaw.baselines.config import OPTIONS, BaselineConfig
 from deltaw.cli import eval as eval_verb
 from deltaw.cli import generate as generate_verb
 from deltaw.cli import merge as merge_verb
@@ -24,7 +25,7 @@ from deltaw.train.config import TrainConfig
 REQUIRED = ["--model", "m", "--data", "d", "--out", "o"]
 TRAIN: dict[str, tuple[str, Any]] = {
     "model": ("other/base", "other/base"), "data": ("rows.csv", "rows.csv"), "out": ("there", "there"),
-    "task": ("seq-cls", "seq-cls"),
+    "task": ("seq-cls", "seq-cls"), "method": ("bitfit", "bitfit"),
     "columns": ("prompt=question,completion=a=b", {"prompt": "question", "completion": "a=b"}),
     "max_length": ("77", 77), "train_on": ("all", "all"), "valid": ("0.25", 0.25), "name": ("sql", "sql"),
     "cache_data": ("no-", False), "epochs": ("2.5", 2.5), "max_steps": ("9", 9), "batch_size": ("3", 3), "group_by_length": ("no-", False),
@@ -50,6 +51,11 @@ LORA: dict[str, tuple[str, Any]] = {
     "alpha_pattern": ("q_proj=4,v.*=8.5", {"q_proj": 4.0, "v.*": 8.5}), "use_rslora": ("", True),
     "bias": ("lora_only", "lora_only"), "modules_to_save": ("score", ("score",)),
     "init_lora_weights": ("gaussian", "gaussian"), "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
+}
+BASELINE: dict[str, tuple[str, Any]] = {
+    "top_layers": ("3", 3), "prefix_tokens": ("16", 16), "infix_tokens": ("4", 4), "prefix_form": ("past", "past"),
+    "prefix_hidden": ("512", 512), "bottleneck": ("16", 16), "activation": ("gelu", "gelu"), "train_norms": ("", True),
+    "drop_layers": ("2", 2), "dimension": ("200", 200), "structure_aware": ("no-", False),
 }
 EVAL: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp16", "fp16"), "any_base": ("", True),
@@ -97,6 +103,18 @@ def test_each_field_of_an_adapter(field: str, text: str, value: Any) -> None:
             assert getattr(lora, other.name) == getattr(LoraConfig(), other.name)
 
 
+@pytest.mark.parametrize(("field", "text", "value"), [(f, *pair) for f, pair in BASELINE.items()])
+def test_each_field_of_another_method(field: str, text: str, value: Any) -> None:
+    method = [name for name, options in OPTIONS.items() if field in options][-1]
+    more = ["--prefix-form", "past"] if field == "prefix_hidden" else []
+    words = [*REQUIRED, "--method", method, *more, *written(field, text)]
+    baseline = train_verb.config_of(train_verb.parser().parse(words)).baseline
+    assert getattr(baseline, field) == value != getattr(BaselineConfig(), field)
+    for other in fields(BaselineConfig):
+        if other.name not in (field, "prefix_form"):
+            assert getattr(baseline, other.name) == getattr(BaselineConfig(), other.name)
+
+
 @pytest.mark.parametrize(("verb", "config", "values"), [
     (eval_verb, eval_verb.EvalOptions, EVAL), (generate_verb, generate_verb.GenerateOptions, GENERATE),
     (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE)])
@@ -108,7 +126,8 @@ def test_each_field_of_the_other_verbs(verb: Any, config: type, values: dict[str
 
 
 def test_the_tables_above_hold_every_field() -> None:
-    assert set(TRAIN) == {f.name for f in fields(TrainConfig)} - {"lora"}
+    assert set(TRAIN) == {f.name for f in fields(TrainConfig)} - {"lora", "baseline"}
+    assert set(BASELINE) == {f.name for f in fields(BaselineConfig)}
     assert set(LORA) == {f.name for f in fields(LoraConfig)}
     assert set(EVAL) == {f.name for f in fields(eval_verb.EvalOptions)}
     assert set(GENERATE) == {f.name for f in fields(generate_verb.GenerateOptions)}
@@ -116,8 +135,8 @@ def test_the_tables_above_hold_every_field() -> None:
     assert set(MERGE) == {f.name for f in fields(merge_verb.MergeOptions)}
 
 
-@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, eval_verb.EvalOptions, generate_verb.GenerateOptions,
-                                    Sampling, merge_verb.MergeOptions])
+@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, BaselineConfig, eval_verb.EvalOptions,
+                                    generate_verb.GenerateOptions, Sampling, merge_verb.MergeOptions])
 def test_every_field_is_documented_on_one_line(config: type) -> None:
     docs = field_docs(config)
     for field in fields(config):

@@ -24,7 +24,9 @@ def half(predictions: Any, references: Any) -> float:
 
 WRONG = {
     "model": "", "data": 3, "out": "", "task": "seq_cls", "columns": "prompt", "max_length": 0, "train_on": "answers",
-    "valid": 1.0, "lora": 8, "name": "", "epochs": 0, "max_steps": -1, "batch_size": 0, "group_by_length": 1,
+    "valid": 1.0,
+    "method": "bitfitt", "lora": 8, "baseline": 4, "name": "", "epochs": 0, "max_steps": -1, "batch_size": 0,
+    "group_by_length": 1,
     "grad_accumulation": True, "learning_rate": float("nan"), "schedule": "cosin", "warmup_ratio": 1.0,
     "warmup_steps": -1, "weight_decay": -0.1, "betas": (0.9, 1.0), "eps": 0, "max_grad_norm": -1, "device": "gpu0x",
     "dtype": "fp16", "cache_data": "no",
