@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
+from deltaw.train.metrics import METRICS, SETS, expand
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
 """A custom metric: (predictions, references) to one number, where higher is better."""
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-METRICS = ("exact_match", "accuracy", "f1")
 _LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
 
@@ -113,9 +113,9 @@ class TrainConfig:
     eval_rows: int | None = 200
     """Held-out rows to evaluate on, the first ones; None for all."""
     metrics: tuple[str | Metric, ...] = ()
-    """exact_match, accuracy, f1, or from Python a function of (predictions, references)."""
+    """exact_match, accuracy, f1, and the others that `deltaw eval` has; or a function of (predictions, references)."""
     max_new_tokens: int = 64
-    """Longest answer, in tokens, that exact_match and the samples generate."""
+    """Longest answer, in tokens, that figures and samples generate."""
     samples: int = 3
     """Held-out examples answered before and after training, to look at."""
     keep_best: str | None = "loss"
@@ -144,7 +144,7 @@ class TrainConfig:
                 faults.extend(error.faults)
         metrics: Any = self.metrics
         single = isinstance(metrics, str) or callable(metrics)
-        object.__setattr__(self, "metrics", (metrics,) if single else tuple(metrics))
+        object.__setattr__(self, "metrics", expand((metrics,) if single else tuple(metrics)))
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", "layer" if self.gradient_checkpointing else "off")
         if isinstance(self.betas, Sequence):
@@ -277,9 +277,10 @@ def _faults(config: TrainConfig) -> list[Fault]:
 def _metric_faults(config: TrainConfig) -> list[Fault]:
     """What is wrong with the metrics, and with what is judged by them."""
     faults = [Fault("TrainConfig.metrics", f"got {metric!r}", "of " + ", ".join(METRICS) + ", or a function",
-                    near(str(metric), METRICS))
+                    near(str(metric), (*METRICS, *SETS)))
               for metric in config.metrics if not callable(metric) and metric not in METRICS]
-    measured = ["loss", *(metric_name(m) for m in config.metrics)]
+    # METEOR is reported under another name where WordNet is missing, which is known only when it is computed.
+    measured = ["loss", *(metric_name(m) for m in config.metrics if m != "meteor")]
     if config.keep_best is not None and config.keep_best not in measured:
         faults.append(Fault("TrainConfig.keep_best", f"got {config.keep_best!r}", "one of " + ", ".join(measured),
                             near(str(config.keep_best), measured) or "Name it in metrics too"))
