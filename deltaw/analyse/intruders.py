@@ -19,7 +19,7 @@ from torch import Tensor
 from deltaw.analyse.factors import Factors
 from deltaw.analyse.singular import WHOLE, Matrix, largest_singular
 
-_STEPS, _BETWEEN, _SMALL, _TINY = 64, 24, 1e-8, 1e-30
+_STEPS, _BETWEEN, _SPLIT, _SMALL, _TINY = 64, 24, 1e-2, 1e-6, 1e-30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,20 +59,22 @@ def largest_cosines(W_OI: Tensor, Y_OK: Tensor) -> Tensor:
     """max_i |cos(y, x_i)| over the left singular vectors x_i of W, for each unit column y; float64, (K,), from above.
 
     Where W has more rows than columns, y may have a part outside W's range, which no singular vector of W has: a mass
-    at λ = 0 that must not count. There a second measure helps, that of Wᵀy under WᵀW: its mass m at λ is a squared
-    cosine of m·‖Wᵀy‖²/λ. At each λ the smaller of the two bounds holds.
+    at λ = 0 that must not count, and blurs the bound near it. For small λ a second measure is taken there, that of Wᵀy
+    under WᵀW, which has no such part: its mass m at λ is a squared cosine of m·‖Wᵀy‖²/λ.
     """
     Y_KO = (Y_OK / Y_OK.norm(dim=0)).to(W_OI).t()
-    bounds = [_Measure(W_OI, Y_KO)]
-    if W_OI.shape[0] > W_OI.shape[1]:
-        bounds.append(_Measure(W_OI.t(), Y_KO @ W_OI))
-    points_KP = torch.cat([bound.points() for bound in bounds], 1)
-    there = points_KP > _SMALL * bounds[-1].nodes_KM[:, -1:]
-    masses_KP = bounds[0].largest_mass(points_KP)
-    if len(bounds) == 2:
-        seen = bounds[1].largest_mass(points_KP) * bounds[1].square_K[:, None] / points_KP.clamp(min=_TINY)
-        masses_KP = torch.minimum(masses_KP, seen)
-    return torch.where(there, masses_KP, 0.0).amax(1).clamp(max=1.0).sqrt()
+    direct = _Measure(W_OI, Y_KO)
+    tall = W_OI.shape[0] > W_OI.shape[1]
+    largest_K1, points_KP = direct.nodes_KM[:, -1:], direct.points()
+    there = points_KP > (_SPLIT if tall else _SMALL) * largest_K1
+    found_K = torch.where(there, direct.largest_mass(points_KP), 0.0).amax(1)
+    if tall:
+        low = _Measure(W_OI.t(), Y_KO @ W_OI)
+        points_KP = low.points()
+        there = (points_KP > _SMALL * largest_K1) & (points_KP <= _SPLIT * largest_K1)
+        masses_KP = low.largest_mass(points_KP) * low.square_K[:, None] / points_KP.clamp(min=_TINY)
+        found_K = torch.maximum(found_K, torch.where(there, masses_KP, 0.0).amax(1))
+    return found_K.clamp(max=1.0).sqrt()
 
 
 class _Measure:

@@ -40,8 +40,8 @@ class AnalyseOptions(ModelOptions):
     """General text, rows with a `text` column: the base's loss on it with and without each adapter."""
     eval_rows: int | None = 100
     """Rows of that text, the first ones; none for all."""
-    max_length: int = 512
-    """Longest piece of that text, in tokens."""
+    max_length: int | None = None
+    """Longest piece of that text, in tokens; by default 512, or what the model takes."""
     sites: tuple[str, ...] = ()
     """Sites whose directions are drawn; by default the one in the middle layer of each of the first four kinds."""
     top: int = 10
@@ -59,7 +59,7 @@ class AnalyseOptions(ModelOptions):
         faults = [Fault(f"AnalyseOptions.{name}", f"got {value}", "a whole number >= 1")
                   for name in ("eval_rows", "top", "threads")
                   if (value := getattr(self, name)) is not None and value < 1]
-        if self.max_length < 2:
+        if self.max_length is not None and self.max_length < 2:
             faults.append(Fault("AnalyseOptions.max_length", f"got {self.max_length}", "a whole number >= 2"))
         if not 0 < self.epsilon < 1:
             faults.append(Fault("AnalyseOptions.epsilon", f"got {self.epsilon}", "0 < epsilon < 1"))
@@ -158,8 +158,9 @@ def probe(config: AnalyseOptions, adapters: Mapping[str, Adapter]) -> tuple[Forg
     boarded = {f"adapter{number}": adapter for number, adapter in enumerate(adapters.values())}
     say(f"running {config.model or recorded_base(adapters)} on {config.data}")
     opened = open_model(config, boarded)
+    limit = opened.base.max_positions
     text = load_data(config.data, tokenizer=opened.base.tokenizer, task="causal-lm", columns={"text": "text"},
-                     max_length=config.max_length, model_limit=opened.base.max_positions, train_on="all")
+                     max_length=config.max_length or min(512, limit or 512), model_limit=limit, train_on="all")
     assert opened.board is not None
     found = measure_forgetting(opened.board, opened.base.model, opened.base.tokenizer, text, list(boarded),
                                rows=config.eval_rows)
