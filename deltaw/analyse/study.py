@@ -104,8 +104,8 @@ class Analysis:
             found["frobenius"] = study.frobenius
             for row, shown in zip(study.against_base, found["against_base"], strict=True):
                 shown |= {"factor": row.factor, "relative": row.relative}
-            for row, shown in zip(study.intruders, found["intruders"], strict=True):
-                shown["count"] = row.count
+            for site, shown in zip(study.intruders, found["intruders"], strict=True):
+                shown["count"] = site.count
         return values
 
 

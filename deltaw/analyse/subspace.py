@@ -20,7 +20,8 @@ def subspace_similarity(U_DI: Tensor, V_DJ: Tensor) -> Tensor:
     """
     squares_IJ = (U_DI.t() @ V_DJ).square()
     i, j = (torch.arange(1, n + 1, dtype=squares_IJ.dtype, device=squares_IJ.device) for n in squares_IJ.shape)
-    return squares_IJ.cumsum(0).cumsum(1) / torch.minimum(i[:, None], j)
+    phi_IJ: Tensor = squares_IJ.cumsum(0).cumsum(1) / torch.minimum(i[:, None], j)
+    return phi_IJ
 
 
 def expected_at_random(i: int, j: int, dimension: int) -> float:
@@ -31,7 +32,8 @@ def expected_at_random(i: int, j: int, dimension: int) -> float:
 def random_frame(dimension: int, count: int, generator: torch.Generator) -> Tensor:
     """Orthonormal columns whose span is uniformly random: those of a Gaussian matrix; float64, (D, count)."""
     drawn = torch.randn(dimension, min(count, dimension), generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn)[0]
+    frame: Tensor = torch.linalg.qr(drawn)[0]
+    return frame
 
 
 def random_similarity(dimension: int, i: int, j: int, generator: torch.Generator) -> Tensor:

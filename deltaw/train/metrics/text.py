@@ -73,7 +73,7 @@ def rouge(name: str, predictions: Sequence[str], references: Sequence[Sequence[s
     scorer = needed("rouge_score.rouge_scorer", name).RougeScorer([name])
     scores = [scorer.score_multi(texts, prediction)[name].fmeasure
               for prediction, texts in zip(predictions, references, strict=True)]
-    return sum(scores) / len(scores)
+    return float(sum(scores) / len(scores))
 
 
 def words(text: str) -> list[str]:
