@@ -70,7 +70,9 @@ SAMPLING: dict[str, tuple[str, Any]] = {
 ANALYSE: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp32", "fp32"), "any_base": ("", True),
     "data": ("d.jsonl", "d.jsonl"), "eval_rows": ("7", 7), "max_length": ("64", 64),
-    "sites": ("a.q,a.v", ("a.q", "a.v")), "top": ("5", 5), "epsilon": ("0.4", 0.4), "seed": ("3", 3), "out": ("page.html", "page.html"), "threads": ("2", 2),
+    "sites": ("a.q,a.v", ("a.q", "a.v")), "top": ("5", 5), "epsilon": ("0.4", 0.4), "seed": ("3", 3),
+    "out": ("page.html", "page.html"),
+    "threads": ("2", 2),
 }
 MERGE: dict[str, tuple[str, Any]] = {
     "adapter": ("a", "a"), "out": ("o", "o"), "model": ("b", "b"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
