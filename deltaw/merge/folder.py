@@ -89,7 +89,7 @@ def merge_files(model_dir: str | Path, adapter: Adapter | str | Path, out_dir: s
     began = time.perf_counter()
     wanted = _dtype(dtype)
     value = adapter if isinstance(adapter, Adapter) else store.load(adapter)
-    folder = _base_folder(str(model_dir), wanted)
+    folder = base_folder(str(model_dir), wanted)
     target = usable_target(Path(out_dir), folder, overwrite=overwrite)
     config = _plain_config(folder, str(model_dir))
     checkpoint = read_checkpoint(folder)
@@ -99,7 +99,7 @@ def merge_files(model_dir: str | Path, adapter: Adapter | str | Path, out_dir: s
     plan = make_plan(value, checkpoint, skeleton)
     if skeleton is None:
         _check_untied(config, plan)
-    check = _check_base(value, checkpoint, skeleton, plan, any_base=any_base)
+    check = check_base(value, checkpoint, skeleton, plan, any_base=any_base)
     writer = Writer(value, checkpoint, skeleton, plan, wanted, progress)
     with new_folder(target, writer.total) as new:
         files = [*writer.write(new), *copy_companions(folder, new)]
@@ -119,7 +119,7 @@ def _dtype(requested: torch.dtype | str | None) -> torch.dtype | None:
     return bases.choose_dtype(requested, "cpu")[0]
 
 
-def _base_folder(model: str, dtype: torch.dtype | None) -> Path:
+def base_folder(model: str, dtype: torch.dtype | None) -> Path:
     """The folder of the base's safetensors; of a GGUF file, its conversion (float32 unless asked otherwise)."""
     place = find_base(model)
     if place.gguf is None:
@@ -150,7 +150,7 @@ def _check_untied(config: dict[str, Any], plan: Plan) -> None:
                                "Merge in memory: deltaw.detach(model, merge=name), then model.save_pretrained(folder)"))
 
 
-def _check_base(adapter: Adapter, checkpoint: Checkpoint, skeleton: Skeleton | None, plan: Plan, *,
+def check_base(adapter: Adapter, checkpoint: Checkpoint, skeleton: Skeleton | None, plan: Plan, *,
                 any_base: bool) -> BaseCheck:
     """Compare the base's fingerprint with the adapter's; raises BaseMismatchError, says what could be compared."""
     recorded = adapter.facts.get("base")

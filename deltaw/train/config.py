@@ -16,6 +16,7 @@ from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
 from deltaw.train.config_checks import faults_of
 from deltaw.train.figures import Metric, metric_name
+from deltaw.train.metrics import expand
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -119,9 +120,9 @@ class TrainConfig:
     eval_rows: int | None = 200
     """Held-out rows to evaluate on, the first ones; None for all."""
     metrics: tuple[str | Metric, ...] = ()
-    """exact_match, accuracy, f1, or from Python a function of (predictions, references)."""
+    """exact_match, accuracy, f1, and the others that `deltaw eval` has; or a function of (predictions, references)."""
     max_new_tokens: int = 64
-    """Longest answer, in tokens, that exact_match and the samples generate."""
+    """Longest answer, in tokens, that figures and samples generate."""
     samples: int = 3
     """Held-out examples answered before and after training, to look at."""
     keep_best: str | None = "loss"
@@ -151,7 +152,7 @@ class TrainConfig:
                     faults.extend(error.faults)
         metrics: Any = self.metrics
         single = isinstance(metrics, str) or callable(metrics)
-        object.__setattr__(self, "metrics", (metrics,) if single else tuple(metrics))
+        object.__setattr__(self, "metrics", expand((metrics,) if single else tuple(metrics)))
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", "layer" if self.gradient_checkpointing else "off")
         if isinstance(self.betas, Sequence):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from deltaw.baselines.config import OPTIONS, BaselineConfig, trains_lora
 from deltaw.core import LoraConfig
 from deltaw.errors import Fault, near
-from deltaw.train.figures import METRICS, metric_name
+from deltaw.train.figures import metric_name
+from deltaw.train.metrics import METRICS, SETS
 
 if TYPE_CHECKING:
     from deltaw.train.config import TrainConfig
@@ -94,9 +95,10 @@ def _method_faults(config: TrainConfig) -> list[Fault]:
 def _metric_faults(config: TrainConfig) -> list[Fault]:
     """What is wrong with the metrics, and with what is judged by them."""
     faults = [Fault("TrainConfig.metrics", f"got {metric!r}", "of " + ", ".join(METRICS) + ", or a function",
-                    near(str(metric), METRICS))
+                    near(str(metric), (*METRICS, *SETS)))
               for metric in config.metrics if not callable(metric) and metric not in METRICS]
-    measured = ["loss", *(metric_name(m) for m in config.metrics)]
+    # METEOR is reported under another name where WordNet is missing, which is known only when it is computed.
+    measured = ["loss", *(metric_name(m) for m in config.metrics if m != "meteor")]
     if config.keep_best is not None and config.keep_best not in measured:
         faults.append(Fault("TrainConfig.keep_best", f"got {config.keep_best!r}", "one of " + ", ".join(measured),
                             near(str(config.keep_best), measured) or "Name it in metrics too"))

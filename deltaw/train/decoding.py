@@ -1,4 +1,4 @@
-"""Answers of a causal language model: greedy text, and the log-likelihood of given ones."""
+"""Answers of a causal language model: greedy or beam-searched text, and the log-likelihood of given ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from deltaw.bases.load import taken_positions
 from deltaw.bases.quiet import quiet_transformers
+from deltaw.train.beams import Beams
 from deltaw.train.objective import IGNORED, CausalLoss
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64,
-             batch_size: int = 8, stop: Iterable[int] = ()) -> list[list[int]]:
+             batch_size: int = 8, stop: Iterable[int] = (), beams: Beams | None = None) -> list[list[int]]:
     """The tokens that follow each prompt when the likeliest is taken each time, up to and without a stop token.
 
-    Batches are padded on the left and share a key-value cache. `stop` adds to the stop tokens of model and tokenizer.
-    An answer ends early where the model has no positions left.
+    With `beams` the likeliest answer that beam search finds. Batches are padded on the left and share a key-value
+    cache. `stop` adds to the stop tokens of model and tokenizer. An answer ends early where the model has no positions
+    left.
     """
     ends = sorted({*stop, *stop_tokens(model, tokenizer, ())})
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -30,7 +32,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, ma
         room = min(max_new_tokens, _positions(model) - longest)
         if room < 1:
             continue
-        written = _continue(model, tokenizer, [prompts[i] for i in rows], longest, room, ends)
+        written = _continue(model, tokenizer, [prompts[i] for i in rows], longest, room, ends, beams or Beams())
         for i, tokens in zip(rows, written, strict=True):
             cut = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
             answers[i] = tokens[:cut]
@@ -89,7 +91,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, room: int,
-              ends: Sequence[int]) -> list[list[int]]:
+              ends: Sequence[int], beams: Beams) -> list[list[int]]:
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -97,12 +99,29 @@ def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], long
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = device_of(model)
     # Named one by one: what is left out would be taken from the base's own generation_config.json.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=pad,
-                              temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, num_beams=1, use_cache=True)
+    search = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=pad,
+                              temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, use_cache=True,
+                              num_beams=beams.num_beams, length_penalty=beams.length_penalty)
     with torch.no_grad(), quiet_transformers():
-        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=search,
+                                logits_processor=no_repeats(beams.no_repeat_ngram_size, longest))
     written: list[list[int]] = output[:, longest:].tolist()
     return written
+
+
+def no_repeats(size: int, prompt_length: int) -> Any:
+    """transformers' rule against repeated n-grams, for the answer alone: an answer may repeat its prompt's names."""
+    from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+    class OfAnswer(NoRepeatNGramLogitsProcessor):  # type: ignore[misc]  # transformers is not followed by the checker
+        """Looks at what follows the prompt only."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            """The scores, without what would repeat."""
+            ruled: Tensor = super().__call__(input_ids[:, prompt_length:], scores)
+            return ruled
+
+    return LogitsProcessorList([OfAnswer(size)] if size else [])
 
 
 def _positions(model: Any) -> int:

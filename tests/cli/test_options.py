@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig
+from deltaw.cli import analyse as analyse_verb
 from deltaw.cli import eval as eval_verb
 from deltaw.cli import generate as generate_verb
 from deltaw.cli import merge as merge_verb
@@ -69,7 +70,15 @@ GENERATE: dict[str, tuple[str, Any]] = {
 }
 SAMPLING: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("5", 5), "temperature": ("0.7", 0.7), "top_p": ("0.9", 0.9), "top_k": ("40", 40),
-    "repetition_penalty": ("1.2", 1.2), "seed": ("3", 3),
+    "repetition_penalty": ("1.2", 1.2), "seed": ("3", 3), "num_beams": ("4", 4), "length_penalty": ("0.9", 0.9),
+    "no_repeat_ngram_size": ("3", 3),
+}
+ANALYSE: dict[str, tuple[str, Any]] = {
+    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp32", "fp32"), "any_base": ("", True),
+    "data": ("d.jsonl", "d.jsonl"), "eval_rows": ("7", 7), "max_length": ("64", 64),
+    "sites": ("a.q,a.v", ("a.q", "a.v")), "top": ("5", 5), "epsilon": ("0.4", 0.4), "seed": ("3", 3),
+    "out": ("page.html", "page.html"),
+    "threads": ("2", 2),
 }
 MERGE: dict[str, tuple[str, Any]] = {
     "adapter": ("a", "a"), "out": ("o", "o"), "model": ("b", "b"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
@@ -117,7 +126,8 @@ def test_each_field_of_another_method(field: str, text: str, value: Any) -> None
 
 @pytest.mark.parametrize(("verb", "config", "values"), [
     (eval_verb, eval_verb.EvalOptions, EVAL), (generate_verb, generate_verb.GenerateOptions, GENERATE),
-    (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE)])
+    (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE),
+    (analyse_verb, analyse_verb.AnalyseOptions, ANALYSE)])
 def test_each_field_of_the_other_verbs(verb: Any, config: type, values: dict[str, tuple[str, Any]]) -> None:
     words = [word for field, (text, _) in values.items() for word in written(field, text)]
     made: Any = build(config, given(verb.parser().parse(words), config))
@@ -132,11 +142,13 @@ def test_the_tables_above_hold_every_field() -> None:
     assert set(EVAL) == {f.name for f in fields(eval_verb.EvalOptions)}
     assert set(GENERATE) == {f.name for f in fields(generate_verb.GenerateOptions)}
     assert set(SAMPLING) == {f.name for f in fields(Sampling)}
+    assert set(ANALYSE) == {f.name for f in fields(analyse_verb.AnalyseOptions)}
     assert set(MERGE) == {f.name for f in fields(merge_verb.MergeOptions)}
 
 
 @pytest.mark.parametrize("config", [TrainConfig, LoraConfig, BaselineConfig, eval_verb.EvalOptions,
-                                    generate_verb.GenerateOptions, Sampling, merge_verb.MergeOptions])
+                                    generate_verb.GenerateOptions, Sampling, merge_verb.MergeOptions,
+                                    analyse_verb.AnalyseOptions])
 def test_every_field_is_documented_on_one_line(config: type) -> None:
     docs = field_docs(config)
     for field in fields(config):

@@ -33,7 +33,7 @@ WRONG = {
     "batch_tokens": 0, "packing": True, "compile": "yes", "optimizer": "sgd", "loraplus_lr_ratio": 0, "freeze_a": "yes",
     "label_smoothing": 1.0, "z_loss": -1, "gradient_checkpointing": "yes",
     "threads": 0, "seed": -1, "eval_every": -1, "eval_rows": 0,
-    "metrics": ("bleu",), "max_new_tokens": 0, "samples": -1, "keep_best": "f1", "early_stop": 0, "save_every": -1,
+    "metrics": ("blue",), "max_new_tokens": 0, "samples": -1, "keep_best": "f1", "early_stop": 0, "save_every": -1,
     "keep_checkpoints": 0, "resume": "latest", "doctor_steps": 1, "allow_unused": None,
 }
 
