@@ -24,16 +24,15 @@ Lists are a,b; mappings are key=value,key=value; either may be JSON. `none` is n
   deltaw train --config run.toml --learning-rate 1e-4 --out adapters/second
   deltaw train --config adapters/mine/train_config.json --resume
 """
+METAVARS = {"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME", "metrics": "NAME,...",
+            "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X", "valid": "FILE|X"}
 
 
 def parser() -> Parser:
     """The options: those of `TrainConfig` and `LoraConfig`, and a file to take them from."""
     made = Parser("train", VERBS["train"], usage="train --model MODEL --data DATA --out FOLDER [OPTIONS]",
                   epilog=EPILOG)
-    add_options(made, TrainConfig, "The run", skip=("lora", "baseline"),
-                metavars={"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME",
-                          "metrics": "NAME,...", "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X",
-                          "valid": "FILE|X"})
+    add_options(made, TrainConfig, "The run", skip=("lora", "baseline"), metavars=METAVARS)
     add_options(made, LoraConfig, "The adapter")
     add_options(made, BaselineConfig, "The other methods")
     group = made.add_argument_group("Files")
