@@ -34,6 +34,7 @@ from deltaw.train.cross_entropy import Terms
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
+from deltaw.train.foresight import check_weights, look_ahead
 from deltaw.train.loop import fit
 from deltaw.train.memory import peak_memory
 from deltaw.train.objective import objective_for
@@ -62,9 +63,12 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     out = Path(config.out).expanduser()
     check_folder(out, config)
     with own_surroundings(config):
+        check_weights(config)
         base, examples = load_examples(config)
         if not quiet:
             announce(base, examples)
+        for line in look_ahead(config, base, examples):
+            say(line, quiet)
         board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task]),
                        name=config.name, seed=config.seed)
         session = Session(config, out, base, examples, board, quiet=quiet)
