@@ -46,10 +46,12 @@ def cheapest_change(forecast: Forecast) -> str:
     """What to change so that a run fits that does not, the cheapest first; what it would need where nothing helps."""
     if not forecast.setting.device.memory:
         return ""
+    least = forecast.worst()[1].total
     for text, changed in changes(forecast):
-        if changed.worst()[1].total <= changed.setting.device.memory:
+        needed = changed.worst()[1].total
+        if needed <= changed.setting.device.memory:
             return text
-    least = min((changed.worst()[1].total for _, changed in changes(forecast)), default=forecast.worst()[1].total)
+        least = min(least, needed)
     return f"nothing here makes it fit: at the least it needs {least / 1e9:,.1f} GB"
 
 

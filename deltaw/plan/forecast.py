@@ -162,7 +162,8 @@ class Forecast:
         setting, config = self.setting, self.setting.config
         at = at or self.asked
         sizes, item, framework = self.sizes(at.rank), setting.item, setting.framework
-        config = replace(config, adapters=at.adapters)
+        if at.adapters != config.adapters:
+            config = replace(config, adapters=at.adapters)
         if phase == "merge":
             return memory.merging(sizes, memory.FRAMEWORK_CPU)
         if phase == "load":

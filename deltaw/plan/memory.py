@@ -28,7 +28,7 @@ FRAMEWORK_CPU = 550 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
 FRAMEWORK_GPU = 700 << 20
 """A CUDA context with cuBLAS's workspace; the host's memory is not counted against the card."""
-RETAINED_CPU, RETAINED_GPU = 0.06, 0.05
+RETAINED_CPU, RETAINED_GPU = 0.08, 0.05
 """Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks."""
 BITS = {"nf4": 4 + 0.127, "fp4": 4 + 0.127, "int8": 8.0}
 """Of a quantized weight: four bits, and with double quantization 8/64 + 32/(64·256) bits of scales (QLoRA, sec. 3)"""

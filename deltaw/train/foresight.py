@@ -85,7 +85,8 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
     method: Method = "lora"
     return PlanConfig(
         model=str(base.folder or config.model), task=config.task, lora=config.lora,
-        num_labels=len(labels) if labels else 2, methods=(method,), batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
+        num_labels=len(labels) if labels else 2, methods=(method,),
+        batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
         grad_accumulation=config.grad_accumulation, packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
         dtype=str(base.dtype).removeprefix("torch."), device=_device(config),

@@ -63,25 +63,39 @@ def test_activations_without_values_equal_those_of_a_real_step(
     if checkpointing == "layer":
         recompute_activations(model)
     real = saved_by_autograd(model, batch, objective)
-    # What is alive and not saved: the hidden states that the loss looks at, masks and angles.
-    assert planned.kept == pytest.approx(real, rel=0.06 if checkpointing == "off" else 0.35)
+    hidden = 3 * 50 * 64 * 4
+    if checkpointing == "off":  # what is alive and not saved: the hidden states that the loss looks at, and angles
+        assert planned.kept == pytest.approx(real, abs=2 * hidden)
+    else:  # beside that the inputs of layers, which are held outside of the graph
+        assert real <= planned.kept <= real + (layers + 2) * hidden
 
 
 def test_work_counts_the_products_that_torchs_counter_counts(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    """Of full fine-tuning, since torch's counter does not know products in place, as the fused node has them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=160).train()
     model.save_pretrained(tmp_path)
-    config = PlanConfig(model=str(tmp_path), batch_size=2, max_length=40, packing="off", lora=LoraConfig(r=4))
-    planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("lora", 2, 40).work
-    board = deltaw.attach(model, LoraConfig(r=4), seed=0)
+    config = PlanConfig(model=str(tmp_path), batch_size=2, max_length=40, packing="off")
+    planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("full", 2, 40).work
     ids = torch.randint(3, 60, (2, 40))
-    with torch.no_grad():
-        board.share_inputs(lambda: model.model(input_ids=ids, use_cache=False))
     with FlopCounterMode(display=False) as counter:
         model.model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
     products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     assert planned.flops - planned.attention == pytest.approx(products, rel=0.01)
+
+
+def test_a_low_rank_step_multiplies_what_its_equations_say(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    """Forward, dx (not of the first layer's input) and, of the factors, H, HB, dH, dA and dB, for every layer."""
+    tiny_llama(num_hidden_layers=4, hidden_size=64, intermediate_size=160).save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path), batch_size=2, max_length=40, lora=LoraConfig(r=2))
+    planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("lora", 2, 40).work
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)]
+    tokens, rank = 80, 2
+    frozen = sum(2 * 2 * tokens * i * o for i, o in shapes)
+    factors = sum(3 * 2 * tokens * rank * (i + o) for i, o in shapes)
+    first = sum(2 * tokens * (i * o + i * rank) for i, o in shapes[:3])
+    assert planned.flops - planned.attention == pytest.approx(4 * (frozen + factors) - first, rel=0.01)
 
 
 def test_a_packed_batch_is_followed_as_it_is_laid_out(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
