@@ -30,6 +30,7 @@ VERBS = {
     "sweep": "Cross ranks, target sets, scales and rates, and say which to take.",
     "merge": "Make an adapter permanent in a model folder.",
     "analyse": "Look at what adapters change: sizes, spectra, directions, and the base's weights beside them.",
+    "plan": "Tell what a run would need, and whether it fits, before a weight is loaded.",
 }
 """Every verb with what it does; its file has the same name."""
 

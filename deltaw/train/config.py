@@ -20,7 +20,7 @@ from deltaw.train.metrics import expand
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data")
+_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data", "plan")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
 _INNER: Mapping[str, type[LoraConfig] | type[BaselineConfig]] = {"lora": LoraConfig, "baseline": BaselineConfig}
 """Fields that are configs themselves."""
@@ -140,6 +140,8 @@ class TrainConfig:
     """Steps within which every adapter tensor must get a gradient and move."""
     allow_unused: bool = False
     """Accept adapter tensors that no example reaches in these steps, such as those of rare experts."""
+    plan: Literal["refuse", "warn", "off"] = "refuse"
+    """Plan the run first, and refuse one that cannot fit in memory, only warn of it, or do not look."""
 
     def __post_init__(self) -> None:
         faults: list[Fault | str] = []

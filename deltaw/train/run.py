@@ -35,6 +35,7 @@ from deltaw.train.cross_entropy import Terms
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
+from deltaw.train.foresight import check_weights, look_ahead
 from deltaw.train.loop import fit
 from deltaw.train.memory import peak_memory
 from deltaw.train.objective import objective_for
@@ -63,9 +64,12 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     out = Path(config.out).expanduser()
     check_folder(out, config)
     with own_surroundings(config):
+        check_weights(config)
         base, examples = load_examples(config)
         if not quiet:
             announce(base, examples)
+        for line in look_ahead(config, base, examples):
+            say(line, quiet)
         session = Session(config, out, base, examples, quiet=quiet)
         with session.prepared():
             state = session.train()
