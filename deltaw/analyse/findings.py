@@ -49,7 +49,8 @@ def _of_adapter(study: AdapterStudy) -> Iterator[Finding]:
     yield Finding("size", about, f"{study.name} changes its base most at {largest.site} (‖ΔW‖ {largest.frobenius:.3g}, "
                   f"{share:.0%} of the whole ΣΔW²).")
     kind = max(study.kinds, key=lambda k: k.change_share)
-    yield Finding("budget", about, f"{kind.name} holds {kind.parameter_share:.0%} of the parameters and makes "
+    yield Finding("budget", about, f"{study.name}: "
+                  f"{kind.name} holds {kind.parameter_share:.0%} of the parameters and makes "
                   f"{kind.change_share:.0%} of the change.")
     half = _half_of_layers(study)
     if half:
@@ -57,7 +58,8 @@ def _of_adapter(study: AdapterStudy) -> Iterator[Finding]:
     spread = median(s.effective_rank for s in study.sites)
     used = median(s.stable_rank for s in study.sites)
     ranks = "/".join(map(str, study.ranks))
-    yield Finding("spectrum", about, f"At the median site the change is spread over {spread:.1f} of {ranks} directions "
+    yield Finding("spectrum", about, f"{study.name}: "
+                  f"at the median site the change is spread over {spread:.1f} of {ranks} directions "
                   f"(effective rank); its norm is that of {used:.1f} equally strong ones (stable rank).")
     yield from _of_base(study)
 
@@ -73,7 +75,8 @@ def _half_of_layers(study: AdapterStudy) -> str:
         if total >= 0.5:
             break
     names = ", ".join(sorted((s.name for s in layers[:count]), key=int)) if count <= 8 else ""
-    return (f"Half of the change happens in {count} of {len(layers)} layers" + (f" ({names})" if names else "")
+    return (f"{study.name}: "
+            f"half of the change happens in {count} of {len(layers)} layers" + (f" ({names})" if names else "")
             + f"; evenly spread it would be {math.ceil(len(layers) / 2)}.")
 
 
@@ -83,18 +86,20 @@ def _of_base(study: AdapterStudy) -> Iterator[Finding]:
         factor, relative = median(r.factor for r in rows), median(r.relative for r in rows)
         through = [median(getattr(row, f"through_{name}") for row in rows) for name in ("change", "top", "random")]
         times = through[0] / through[2] if through[2] else math.inf
-        yield Finding("base", (study.name,), f"At the median site ‖ΔW‖ is {relative:.2%} of ‖W‖. Seen through ΔW's "
+        yield Finding("base", (study.name,), f"{study.name}: "
+                      f"at the median site ‖ΔW‖ is {relative:.2%} of ‖W‖. Seen through ΔW's "
                       f"directions W has a norm of {through[0]:.3g}: {times:.1f} times what it has through random ones "
                       f"({through[2]:.3g}), and {through[0] / through[1]:.0%} of what its own largest carry "
                       f"({through[1]:.3g}). The change amplifies what W has there by {factor:.3g}.")
         overlap, chance = median(r.top_overlap for r in rows), median(r.top_overlap_random for r in rows)
-        yield Finding("base", (study.name,), f"{overlap:.0%} of ΔW's input span lies in that of W's "
+        yield Finding("base", (study.name,), f"{study.name}: {overlap:.0%} of ΔW's input span lies in that of W's "
                       f"{_range([r.top_count for r in rows])} largest directions; of a random span it would be "
                       f"{chance:.0%}.")
     if study.intruders:
         total, looked = sum(i.count for i in study.intruders), sum(len(i.cosines) for i in study.intruders)
         where = sum(i.count > 0 for i in study.intruders)
-        said = (f"{total} of the {looked} strongest directions of W + ΔW are intruders (no direction of W within "
+        said = (f"{study.name}: "
+                f"{total} of the {looked} strongest directions of W + ΔW are intruders (no direction of W within "
                 f"cosine {study.intruders[0].epsilon:g}), at {where} of {len(study.intruders)} sites.")
         lowest = min(study.intruders, key=lambda i: min(i.cosines))
         yield Finding("intruders", (study.name,), said + (

@@ -43,7 +43,8 @@ def random_similarity(dimension: int, i: int, j: int, generator: torch.Generator
 
 def principal_cosines(U_DI: Tensor, V_DJ: Tensor) -> Tensor:
     """The cosines of the principal angles of two spans, largest first; min(I, J) of them."""
-    return torch.linalg.svdvals(U_DI.t() @ V_DJ).clamp(max=1.0)
+    cosines: Tensor = torch.linalg.svdvals(U_DI.t() @ V_DJ).clamp(max=1.0)
+    return cosines
 
 
 def grassmann_distance(U_DI: Tensor, V_DJ: Tensor) -> float:
