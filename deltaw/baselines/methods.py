@@ -71,6 +71,8 @@ METHODS: Mapping[str, Factory] = {name: partial(_put_on, method=name) for name i
 def _parts(model: nn.Module, recipe: Recipe, head: list[str]) -> Iterator[Part]:
     """What a method puts on the model, one after another; a LoRA comes first, since it lists the base's modules."""
     method, config, seed = recipe.method, recipe.config, recipe.seed
+    if virtual_tokens(method, config):
+        Stack(model, method)  # refuses a model without attention before anything else is put on it
     if trains_lora(method):
         yield LoraPart(model, recipe.lora, seed)
     match method.rpartition("+")[2]:

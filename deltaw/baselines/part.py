@@ -62,6 +62,18 @@ class Part(ABC):
         return [Row(name, self.kind, tuple(value.shape), 0, value.numel()) for name, value in self.values().items()]
 
 
+class Holder(nn.Module):
+    """What a part keeps on a model; passes on what it is given, for a Sequential runs all of its children."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+
 class Hooked(Part):
     """A part that works by hooks, and whose tensors are in a module of its own on the model."""
 
@@ -74,7 +86,7 @@ class Hooked(Part):
         """Make `child` a part of the model."""
         if name in owner._modules:
             raise AssertionError(f"{name} is there already")
-        owner.add_module(name, child.train(owner.training))
+        owner.add_module(name, Holder(child).train(owner.training))
         self.children.append((owner, name))
 
     def turn(self, on: bool) -> None:

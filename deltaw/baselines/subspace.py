@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deltaw.baselines.fastfood import Fastfood
-from deltaw.baselines.part import Part, Row
+from deltaw.baselines.part import Holder, Part, Row
 from deltaw.core.layers import floating
 from deltaw.errors import ConfigError, Fault, TargetError
 from deltaw.inject.blocks import named_layers
@@ -52,7 +52,7 @@ class Subspace(Part):
             self.held.scales = nn.Parameter(torch.ones(self.layers, device=device))
         self.start = {name: named[name].detach().clone() for name in kept}
         self._install(named, torch.Generator().manual_seed(seed))
-        model.add_module(CHILD, self.held)
+        model.add_module(CHILD, Holder(self.held))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """"subspace.theta" (d - m,) and, for SAID, "subspace.scales" (m,)."""
