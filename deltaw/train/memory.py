@@ -62,8 +62,8 @@ def release_at_once() -> bool:
     """Let the process give back the memory of each large tensor when it is freed; whether that could be arranged.
 
     glibc keeps freed memory in a heap that is full of holes after some layers: 0.8 GB of growth from 512 to 2,048
-    tokens where 0.13 are needed. Mapping each large tensor by itself costs about a tenth of a step's time, so that it
-    is for those who ask for memory. It stays so for the process.
+    tokens where 0.13 are needed. Mapping each large tensor by itself costs page faults, a tenth to a fifth of a step's
+    time, so that it is for those who ask for memory. It stays so for the process.
     """
     try:
         import ctypes

@@ -136,3 +136,18 @@ def test_models_of_transformers(tiny_llama: Callable[..., Any], tiny_gpt2: Calla
     assert [one.module for one in gated_modules(llama, lambda: llama(input_ids=ids))] == \
         [layer.mlp for layer in llama.model.layers]
     assert gated_modules(gpt2, lambda: gpt2(input_ids=ids)) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_sees_the_plain_formula() -> None:
+    model, board = attached()
+    x = torch.randn(3, 6, requires_grad=True)
+    found = gated_modules(model, lambda: model(x))
+    y, expected = gradients(board, x)
+    with product_made_again(found):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        again = compiled(x)
+        again.tanh().square().sum().backward()
+    assert torch.allclose(again, y, atol=1e-6)
+    assert all(torch.allclose(p.grad, expected[name], atol=1e-5) for name, p in board.parameters("a").items())
