@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -50,14 +52,15 @@ def board(model: nn.Module) -> Switchboard:
     return found
 
 
-def detach(model: nn.Module, *, merge: str | None = None) -> nn.Module:
+def detach(model: nn.Module, *, merge: str | None = None, **options: Any) -> nn.Module:
     """Take everything off again and return the model: same modules, same bits, same `requires_grad` as before `attach`.
 
     With `merge`, that adapter's change stays in the weights for good, in the base's dtype; the base's own are dropped.
+    `options` are those of `Switchboard.merge`, for a base that is packed.
     """
     held = board(model)
     if merge is not None:
-        held.keep_merged(merge)
+        held.keep_merged(merge, **options)
     elif held.merged_mix:
         held.unmerge()
     strip(model)

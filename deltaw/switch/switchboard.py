@@ -12,10 +12,11 @@ removing an adapter never changes another one's output, trainability or tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from deltaw import bases, store
 from deltaw.core import Adapter, LoraConfig, SiteDelta
 from deltaw.core.layers import floating, share, watching
 from deltaw.core.state import Route, SwitchState
+from deltaw.core.survival import LEAST_SURVIVAL, SiteChange
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
 from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
 from deltaw.switch import merging, values
@@ -156,13 +158,21 @@ class Switchboard:
 
     # -- what is in the weights --------------------------------------------------------------------------------------
 
-    def merge(self, name: str | None = None) -> None:
+    def merge(self, name: str | None = None, *, into: Literal["requantized"] | None = None,
+              least_survival: float = LEAST_SURVIVAL, force: bool = False) -> tuple[SiteChange, ...]:
         """Put ΔW into the base's weights: of everything that is on, or of one adapter.
 
         One of several that are on keeps its weight in the mix, and the others stay on unmerged: the output does not
         change. One that is not on is switched to first. The base's own tensors are kept for `unmerge`.
+
+        Weights that bitsandbytes packed are left alone unless `into` is "requantized": the sum is then packed again, and
+        what that kept of the change is returned for each. Less than `least_survival` of the whole change, by energy, is
+        refused with a StateError unless `force`.
         """
         self._check_unmerged("merge")
+        if into not in (None, merging.REQUANTIZED):
+            raise ConfigError(Fault("merge(into=...)", f"got {into!r}", f"'{merging.REQUANTIZED}'",
+                                    "Merging into 16 bit is done on disk: deltaw.merge_files(..., into='16bit')"))
         if self._state.route is not None:
             raise StateError(Fault("merge()", "rows are routed to adapters", "a model that is not routed",
                                    "Leave the route() block first"))
@@ -175,10 +185,12 @@ class Switchboard:
         if not mix:
             raise StateError(Fault("merge()", "nothing is on", "an adapter in use", "Name one, or call use() first"))
         rest = {n: w for n, w in before.items() if n not in mix} if name is None or name in before else {}
-        swaps = merging.plan_merge(self._hosts, mix, rest)
+        swaps = merging.plan_merge(self._hosts, mix, rest, into=into, least_survival=-math.inf if force else
+                                   least_survival)
         self._merged = merging.Merged(mix, before)
         merging.apply_merge(self._hosts, swaps, self._merged)
         self._state.mix = rest
+        return tuple(swap.change for swap in swaps if swap.change is not None)
 
     def unmerge(self) -> None:
         """Give the base its own tensors back, to the bit, and turn on what was on before `merge`."""
@@ -188,19 +200,19 @@ class Switchboard:
         self._state.mix, self._merged = self._merged.before, None
 
     @contextmanager
-    def merged(self, name: str | None = None) -> Iterator[None]:
-        """`merge` for the length of the block, then `unmerge`."""
-        self.merge(name)
+    def merged(self, name: str | None = None, **options: Any) -> Iterator[None]:
+        """`merge`, with its options, for the length of the block, then `unmerge`."""
+        self.merge(name, **options)
         try:
             yield
         finally:
             self.unmerge()
 
-    def keep_merged(self, name: str) -> None:
+    def keep_merged(self, name: str, **options: Any) -> None:
         """Merge one adapter for good, with no undo. Tied weights that now differ are untied in the model's config."""
         if self._merged is not None:
             self.unmerge()
-        self.merge(name)
+        self.merge(name, **options)
         assert self._merged is not None
         merging.untie_config(self.model, self._merged)
         self._merged, self._state.mix = None, {}
