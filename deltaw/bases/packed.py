@@ -136,6 +136,7 @@ def live(packed: Packed, module: nn.Module) -> nn.Parameter:
     if packed.packing.kind == "int8":
         made = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes,
                                           SCB=packed.parts[SCALES])
+        made.scales = packed.parts[SCALES]  # its first forward takes those of bitsandbytes away from it
     else:
         made = bitsandbytes.nn.Params4bit(
             codes, requires_grad=False, quant_state=packed.state(), blocksize=packed.packing.block,
@@ -182,6 +183,7 @@ def take_over(module: Any, parameter: Any) -> dict[str, Any]:
         return before
     before = {"CB": module.state.CB, "SCB": module.state.SCB}
     module.state.CB = module.state.SCB = None  # the next forward takes those of the weight
+    parameter.CB, parameter.SCB = parameter.data, parameter.scales
     return before
 
 

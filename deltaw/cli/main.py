@@ -27,6 +27,7 @@ VERBS = {
     "generate": "Answer prompts, with an adapter or without.",
     "chat": "Talk to a model and switch its adapters while you do.",
     "merge": "Make an adapter permanent in a model folder.",
+    "convert": "Write a model or an adapter as a file for llama.cpp and Ollama.",
 }
 """Every verb with what it does; its file has the same name."""
 

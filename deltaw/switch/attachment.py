@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from deltaw.switch.switchboard import Switchboard
 
 def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default", *, seed: int | None = None,
            trainable: bool | None = None, dtype: torch.dtype | None = torch.float32,
-           compute_dtype: torch.dtype | None = None, any_base: bool = False, partial: bool = False) -> Switchboard:
+           compute_dtype: torch.dtype | None = None, any_base: bool = False, partial: bool = False,
+           original: str | Path | Mapping[str, torch.Tensor] | None = None) -> Switchboard:
     """Freeze `model`, put a low-rank adapter on it in place, turn it on, and return the model's switchboard.
 
     The model keeps its class, its modules and its parameters' names. New factors are stored in `dtype` (float32, which
@@ -34,7 +37,8 @@ def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default
         raise StateError(Fault("attach()", "this model has a switchboard already", "a model without one",
                                "Use deltaw.board(model).add(name, ...)"))
     board = Switchboard(model, compute_dtype=compute_dtype)
-    board.add(name, adapter, seed=seed, trainable=trainable, dtype=dtype, any_base=any_base, partial=partial)
+    board.add(name, adapter, seed=seed, trainable=trainable, dtype=dtype, any_base=any_base, partial=partial,
+              original=original)
     board.freeze_base()
     board.use(name)
     # Past nn.Module's own registration: the board is no part of the network.
@@ -61,8 +65,8 @@ def detach(model: nn.Module, *, merge: str | None = None, **options: Any) -> nn.
     held = board(model)
     if merge is not None:
         held.keep_merged(merge, **options)
-    elif held.merged_mix:
-        held.unmerge()
+    else:
+        held.take_off()
     strip(model)
     pretrained.uninstall(model)
     held.thaw_base()

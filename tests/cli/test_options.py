@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deltaw.cli import convert as convert_verb
 from deltaw.cli import eval as eval_verb
 from deltaw.cli import generate as generate_verb
 from deltaw.cli import merge as merge_verb
@@ -49,7 +50,8 @@ LORA: dict[str, tuple[str, Any]] = {
                                                                       {"q_proj|k{1,2}": 4, "v=": 2}),
     "alpha_pattern": ("q_proj=4,v.*=8.5", {"q_proj": 4.0, "v.*": 8.5}), "use_rslora": ("", True),
     "bias": ("lora_only", "lora_only"), "modules_to_save": ("score", ("score",)),
-    "init_lora_weights": ("gaussian", "gaussian"), "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
+    "init_lora_weights": ("pissa_niter_4", "pissa_niter_4"), "loftq_config": ("loftq_iter=5", {"loftq_iter": 5}),
+    "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
 }
 EVAL: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp16", "fp16"), "any_base": ("", True),
@@ -67,6 +69,11 @@ SAMPLING: dict[str, tuple[str, Any]] = {
 }
 MERGE: dict[str, tuple[str, Any]] = {
     "adapter": ("a", "a"), "out": ("o", "o"), "model": ("b", "b"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
+    "overwrite": ("", True), "into": ("requantized", "requantized"), "least_survival": ("0.9", 0.9), "force": ("", True),
+}
+CONVERT: dict[str, tuple[str, Any]] = {
+    "to": ("peft", "peft"), "out": ("o", "o"), "model": ("b", "b"), "adapter": ("a", "a"), "dtype": ("q8_0", "q8_0"),
+    "tokenizer": ("t.gguf", "t.gguf"), "modelfile": ("", True), "base_gguf": ("b.gguf", "b.gguf"),
     "overwrite": ("", True),
 }
 
@@ -99,7 +106,8 @@ def test_each_field_of_an_adapter(field: str, text: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("verb", "config", "values"), [
     (eval_verb, eval_verb.EvalOptions, EVAL), (generate_verb, generate_verb.GenerateOptions, GENERATE),
-    (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE)])
+    (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE),
+    (convert_verb, convert_verb.ConvertOptions, CONVERT)])
 def test_each_field_of_the_other_verbs(verb: Any, config: type, values: dict[str, tuple[str, Any]]) -> None:
     words = [word for field, (text, _) in values.items() for word in written(field, text)]
     made: Any = build(config, given(verb.parser().parse(words), config))
@@ -114,10 +122,11 @@ def test_the_tables_above_hold_every_field() -> None:
     assert set(GENERATE) == {f.name for f in fields(generate_verb.GenerateOptions)}
     assert set(SAMPLING) == {f.name for f in fields(Sampling)}
     assert set(MERGE) == {f.name for f in fields(merge_verb.MergeOptions)}
+    assert set(CONVERT) == {f.name for f in fields(convert_verb.ConvertOptions)}
 
 
 @pytest.mark.parametrize("config", [TrainConfig, LoraConfig, eval_verb.EvalOptions, generate_verb.GenerateOptions,
-                                    Sampling, merge_verb.MergeOptions])
+                                    Sampling, merge_verb.MergeOptions, convert_verb.ConvertOptions])
 def test_every_field_is_documented_on_one_line(config: type) -> None:
     docs = field_docs(config)
     for field in fields(config):
