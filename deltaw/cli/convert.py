@@ -44,7 +44,7 @@ class ConvertOptions:
     dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Number format of the matrices; by default f16 for a model, f32 for an adapter."""
     tokenizer: str | None = None
-    """A GGUF file of the same base to copy the tokenizer from; by default it is read from the model's tokenizer.json."""
+    """A GGUF file of the same base to copy the tokenizer from; by default it is the model's tokenizer.json."""
     modelfile: bool = False
     """Write a Modelfile for Ollama beside the file, with the chat template."""
     base_gguf: str | None = None

@@ -88,8 +88,8 @@ def _items(adapter: Adapter, architecture: Architecture, alpha: float) -> tuple[
     for site, delta in adapter.sites.items():
         geometry = delta.geometry
         if geometry.kind not in ("linear", "embedding"):
-            faults.append(Fault(f"site '{site}'", f"is of kind '{geometry.kind}'", "a low-rank change of a linear layer "
-                                "or the embedding", "Merge it (deltaw merge) and convert the model"))
+            faults.append(Fault(f"site '{site}'", f"is of kind '{geometry.kind}'", "a low-rank change of a linear "
+                                "layer or the embedding", "Merge it (deltaw merge) and convert the model"))
             continue
         name = architecture.name_of(f"{site}.weight")
         if name is None:

@@ -1,9 +1,9 @@
 """The Modelfile that `ollama create` builds a model from, with the chat template as Ollama writes templates.
 
-Chat templates are Jinja, Ollama's are Go's. What a template does is learned by rendering messages with marks in them: the
-text before and after the content of each role. The pieces, put together for a conversation of several turns, must give
-what the template itself gives; a template that is more than such pieces (tools, dates, joined turns) gets no TEMPLATE,
-and a comment that says so: Ollama then reads the GGUF file's own.
+Chat templates are Jinja, Ollama's are Go's. What a template does is learned by rendering messages with marks in them:
+the text before and after the content of each role. The pieces, put together for a conversation of several turns, must
+give what the template itself gives; one that does more (tools, dates, joined turns) gets no TEMPLATE, and
+a comment that says so: Ollama then reads the GGUF file's own.
 """
 
 from __future__ import annotations

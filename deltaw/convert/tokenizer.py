@@ -100,8 +100,8 @@ def _pre_name(folder: Path, core: Mapping[str, Any]) -> str:
         return "smollm"
     if kinds == ["ByteLevel"] and rule.get("use_regex", True):
         return "gpt-2"
-    raise _refused(folder, f"cuts text by a rule that has no known name ({kinds})", "the rule of GPT-2, SmolLM, Llama 3 "
-                   "or Qwen 2")
+    raise _refused(folder, f"cuts text by a rule that has no known name ({kinds})", "the rule of GPT-2, SmolLM, "
+                   "Llama 3 or Qwen 2")
 
 
 def _tokens(core: Mapping[str, Any], tokenizer: Any, size: int) -> tuple[list[str], list[int]]:

@@ -56,8 +56,8 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full and stored with the adapter, such as a classification head."""
     init_lora_weights: bool | str = True
-    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r. "pissa", or "pissa_niter_16" by a faster
-    SVD: the weight's principal part. "loftq": what packing the weight lost. False: both random (for tests)."""
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r. "pissa", or "pissa_niter_16" by a
+    faster SVD: the weight's principal part. "loftq": what packing the weight lost. False: both random (for tests)."""
     loftq_config: Mapping[str, int] = field(default_factory=dict)
     """Of "loftq": {"loftq_iter": 5} alternates five times between packing and SVD instead of once."""
     task_type: str | None = None

@@ -1,6 +1,6 @@
 """What merging did to one tensor, in figures: how large its change was, and how much of it rounding kept.
 
-W₀ is what the base computed with, S = stored - W₀ the change that is really there afterwards, ΔW the one that was meant:
+W₀ is what the base computed with, S = stored - W₀ the change that is there afterwards, ΔW the one that was meant:
 
     survived   ⟨S, ΔW⟩ / ‖ΔW‖²     1: all of the change is there; 0: nothing of it, whatever else moved
     lost       ‖S - ΔW‖ / ‖ΔW‖     all that is different from what was meant, noise of rounding included

@@ -22,8 +22,8 @@ from torch import Tensor
 from deltaw.bases import packed
 from deltaw.core import Adapter, Geometry, SiteDelta
 from deltaw.core.methods import lora
-from deltaw.errors import Fault, StateError
 from deltaw.core.survival import SiteChange, change_of
+from deltaw.errors import Fault, StateError
 from deltaw.merge.checkpoint import DTYPES, INDEX, Checkpoint, Stored, as_bytes
 from deltaw.merge.plan import Edit, Output, Plan, new_dtype
 from deltaw.merge.skeleton import Skeleton

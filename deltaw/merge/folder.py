@@ -25,9 +25,9 @@ from deltaw import __version__, bases, store
 from deltaw.bases import gguf
 from deltaw.bases.sources import find_base, read_config
 from deltaw.core import Adapter
+from deltaw.core.survival import LEAST_SURVIVAL, SiteChange, survival, worst
 from deltaw.errors import BaseMismatchError, BaseModelError, ConfigError, Fault, StateError, near
 from deltaw.merge.apply import Writer
-from deltaw.core.survival import LEAST_SURVIVAL, SiteChange, survival, worst
 from deltaw.merge.checkpoint import Checkpoint, Stored, read_checkpoint
 from deltaw.merge.plan import Plan, make_plan
 from deltaw.merge.skeleton import Skeleton, build_skeleton, recorded_labels
@@ -194,8 +194,8 @@ def _packed_by(config: dict[str, Any], source: str, into: str | None) -> str | N
     kind = "int8" if about.get("load_in_8bit") else str(about.get("bnb_4bit_quant_type", "nf4"))
     if into is None:
         raise BaseModelError(Fault(f"base '{source}'", f"is quantized ({METHOD} {kind})", "a choice of what to merge "
-                                   "into", "Pass into='16bit' (its dequantized weights) or into='requantized'; or merge "
-                                   "into the base as it was before quantization"))
+                                   "into", "Pass into='16bit' (its dequantized weights) or into='requantized'; or "
+                                   "merge into the base as it was before quantization"))
     return kind
 
 

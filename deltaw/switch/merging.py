@@ -4,8 +4,8 @@ Subtracting ΔW again would not give W₀ back in bf16 or fp16; keeping W₀ doe
 A weight tied to another module's is untied for that time only. All new weights are computed and checked before the
 first one is put in place.
 
-A weight that bitsandbytes packed is merged only when asked for: W₀ + ΔW is packed again in the same way, which can round
-the change away. How much of it survived is measured, and too little is refused.
+A weight that bitsandbytes packed is merged only when asked for: W₀ + ΔW is packed again in the same way, which can
+round the change away. How much of it survived is measured, and too little is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Factors that start from the base's weights: PiSSA and LoftQ, over plain and over packed layers.
 
     plain layer, PiSSA     W stays. The slot adds s·(BA - B₀A₀), which is 0 at the start.
-    packed layer           The slot adds s·BA, and while the adapter is on, the layer computes with a packed weight of the
-                           adapter's own: Q of LoftQ, or the packed rest of PiSSA. The base's is put aside, to the bit.
+    packed layer           The slot adds s·BA, and while the adapter is on, the layer computes with a packed weight of
+                           the adapter's own: LoftQ's Q, or PiSSA's packed rest. The base's is put aside, to the bit.
 
 Either way the stored change is s·(BA - B₀A₀), to the weight as it was before anything was packed.
 """
@@ -74,7 +74,8 @@ def start(config: LoraConfig, target: Target, hosts: Hosts, dtype: torch.dtype, 
     return Start(slot, None if rest is None else live(rest, host))
 
 
-def _principal(config: LoraConfig, target: Target, W: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _principal(config: LoraConfig, target: Target, W: Tensor,
+               generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     return pissa.principal(W, target.site.geometry, target.rank, target.scaling, iterations=config.pissa_iterations,
                            generator=generator)
 

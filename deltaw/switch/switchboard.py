@@ -184,9 +184,9 @@ class Switchboard:
         One of several that are on keeps its weight in the mix, and the others stay on unmerged: the output does not
         change. One that is not on is switched to first. The base's own tensors are kept for `unmerge`.
 
-        Weights that bitsandbytes packed are left alone unless `into` is "requantized": the sum is then packed again, and
-        what that kept of the change is returned for each. Less than `least_survival` of the whole change, by energy, is
-        refused with a StateError unless `force`.
+        Weights that bitsandbytes packed are left alone unless `into` is "requantized": the sum is then packed again,
+        and what that kept of the change is returned for each. Less than `least_survival` of the whole change, by
+        energy, is refused with a StateError unless `force`.
         """
         self._check_unmerged("merge")
         if into not in (None, merging.REQUANTIZED):

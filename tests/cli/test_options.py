@@ -69,7 +69,8 @@ SAMPLING: dict[str, tuple[str, Any]] = {
 }
 MERGE: dict[str, tuple[str, Any]] = {
     "adapter": ("a", "a"), "out": ("o", "o"), "model": ("b", "b"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
-    "overwrite": ("", True), "into": ("requantized", "requantized"), "least_survival": ("0.9", 0.9), "force": ("", True),
+    "overwrite": ("", True), "into": ("requantized", "requantized"), "least_survival": ("0.9", 0.9),
+    "force": ("", True),
 }
 CONVERT: dict[str, tuple[str, Any]] = {
     "to": ("peft", "peft"), "out": ("o", "o"), "model": ("b", "b"), "adapter": ("a", "a"), "dtype": ("q8_0", "q8_0"),

@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: the chat template in Go's form, run here by a small reader of the few actions that are written."""
+"""Ollama's Modelfile: the chat template in Go's form, run here by a small reader of the few actions it has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws for adapters that start from the base's weights: PiSSA on every kind of layer, and over packed ones with LoftQ."""
+"""The laws for adapters that start from the base's weights: PiSSA on every kind of layer, LoftQ over packed ones."""
 
 from __future__ import annotations
 

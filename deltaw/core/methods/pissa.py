@@ -2,11 +2,11 @@
 
     PiSSA   W = USVᵀ;  s·B₀A₀ = U_R S_R V_Rᵀ, the principal part, is trained, W - s·B₀A₀ is frozen   (Meng et al. 2024)
     QPiSSA  the frozen rest is packed: Q = q(W - s·B₀A₀)                                             (the same, §4)
-    LoftQ   T times: Q ← q(W - s·B₀A₀), then s·B₀A₀ ← the principal part of W - Q, from B₀A₀ = 0     (Li et al. 2023, alg. 1)
+    LoftQ   T times: Q ← q(W - s·B₀A₀), then s·B₀A₀ ← the principal part of W - Q, from 0     (Li et al. 2023, alg. 1)
 
 The factors share a part's singular values evenly: B₀ = U_R √(S_R/s), A₀ = √(S_R/s) V_Rᵀ. Both methods would change the
-base. Here the base stays as it is, and an adapter is the change to it from the start on, s·(BA - B₀A₀): the same network,
-with the same gradients, and a file that is right over the base itself. It has twice the rank (`joined`).
+base. Here the base stays as it is, and an adapter is the change to it from the start on, s·(BA - B₀A₀): the same
+network, with the same gradients, and a file that is right over the base itself. It has twice the rank (`joined`).
 """
 
 from __future__ import annotations
