@@ -13,10 +13,12 @@ from deltaw.errors import BaseModelError, Fault
 
 Originals = Callable[[str, tuple[int, ...]], Tensor | None]
 """Gives the weight of a name and shape in memory, or None."""
+Source = str | Path | Mapping[str, Tensor]
+"""Where original weights are: a model folder, a Hub id, or a state dict."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def open_originals(source: str | Path | Mapping[str, Tensor]) -> Originals:
+def open_originals(source: Source) -> Originals:
     """The original weights in a model folder (or of a Hub id), or in a state dict.
 
     Names in the folder may lack the prefix that they have in memory, or have one more. Raises BaseModelError for a
@@ -33,8 +35,7 @@ def open_originals(source: str | Path | Mapping[str, Tensor]) -> Originals:
         from safetensors import safe_open
 
         with safe_open(files[name], framework="pt") as opened:
-            tensor = opened.get_tensor(name)  # type: ignore[no-untyped-call]
-        assert isinstance(tensor, Tensor)
+            tensor: Tensor = opened.get_tensor(name)
         return tensor
 
     return _from(read, list(files))
@@ -77,4 +78,4 @@ def needed(names: list[str]) -> Fault:
                  "quantized")
 
 
-__all__ = ["Originals", "needed", "open_originals"]
+__all__ = ["Originals", "Source", "needed", "open_originals"]

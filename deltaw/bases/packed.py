@@ -87,8 +87,7 @@ def read_packed(host: nn.Module, parameter: Tensor) -> Packed | None:
     if weight.dtype == torch.int8:
         state: Any = getattr(host, "state", None)  # the first forward takes the scales from the weight to the layer
         scales = weight.SCB if weight.SCB is not None else state.SCB
-        dtype = host.bias.dtype if isinstance(getattr(host, "bias", None), Tensor) else torch.float16
-        packing = Packing(kind="int8", shape=tuple(weight.shape), dtype=dtype)
+        packing = Packing(kind="int8", shape=tuple(weight.shape), dtype=torch.float16)
         return Packed(packing, {WEIGHT: weight.data, SCALES: scales})
     codes, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):  # reordered for this processor's bfloat16 products

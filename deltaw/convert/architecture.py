@@ -143,7 +143,7 @@ class Architecture:
 
 def adjacent_pairs(weight: Tensor, heads: int) -> Tensor:
     """Rows in which each head's rotary pairs (i, i + d/2) lie side by side."""
-    halves = weight.unflatten(0, (heads, 2, weight.shape[0] // heads // 2))
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig
 from deltaw.errors import Fault, StateError
 from deltaw.inject import strip
@@ -20,7 +19,7 @@ from deltaw.switch.switchboard import Switchboard
 def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default", *, seed: int | None = None,
            trainable: bool | None = None, dtype: torch.dtype | None = torch.float32,
            compute_dtype: torch.dtype | None = None, any_base: bool = False, partial: bool = False,
-           original: str | Path | Mapping[str, torch.Tensor] | None = None) -> Switchboard:
+           original: Source | None = None) -> Switchboard:
     """Freeze `model`, put a low-rank adapter on it in place, turn it on, and return the model's switchboard.
 
     The model keeps its class, its modules and its parameters' names. New factors are stored in `dtype` (float32, which
@@ -66,7 +65,9 @@ def detach(model: nn.Module, *, merge: str | None = None, **options: Any) -> nn.
     if merge is not None:
         held.keep_merged(merge, **options)
     else:
-        held.take_off()
+        if held.merged_mix:
+            held.unmerge()
+        held.use(None)
     strip(model)
     pretrained.uninstall(model)
     held.thaw_base()

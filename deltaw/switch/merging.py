@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltaw.bases.packed import Packed, give_back, live, pack, read_packed, take_over
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating, parameter_owner, replace_parameter
 from deltaw.core.survival import SiteChange, change_of, survival, worst
-from deltaw.errors import Fault, StateError
+from deltaw.errors import ConfigError, Fault, StateError
 from deltaw.inject import Hosts
 
 REQUANTIZED = "requantized"
@@ -52,8 +52,11 @@ class Merged:
 @torch.inference_mode(False)
 @torch.no_grad()
 def plan_merge(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float], *, into: str | None = None,
-               least_survival: float = 0.0) -> list[Swap]:
+               least_survival: float | None = None) -> list[Swap]:
     """All merged weights of a mix, computed and checked; nothing is changed. `rest` is what stays on beside it."""
+    if into not in (None, REQUANTIZED):
+        raise ConfigError(Fault("merge(into=...)", f"got {into!r}", f"'{REQUANTIZED}'",
+                                "On disk there is also 16bit: deltaw.merge_files"))
     swaps: list[Swap] = []
     faults = _clashes(hosts, mix, rest)
     for host, layer in hosts.adapted.items():
@@ -93,10 +96,10 @@ def _packed_swap(name: str, host: str, parameter: str, module: nn.Module, packed
     return Swap(host, parameter, live(again, module), change)
 
 
-def _too_little(changes: list[SiteChange], least: float) -> list[Fault]:
+def _too_little(changes: list[SiteChange], least: float | None) -> list[Fault]:
     """The faults of a change of which packing left less than this share, with the places where it left least."""
     share = survival(changes)
-    if share is None or share >= least:
+    if share is None or least is None or share >= least:
         return []
     found = [Fault("merge()", f"only {share:.1%} of the change survives rounding to the packed weights",
                    f"at least {least:.0%}", "Keep the adapter unmerged, or merge into 16 bit on disk "

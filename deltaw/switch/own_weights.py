@@ -55,7 +55,8 @@ class OwnWeights:
                                        "the base's own weights", "Save and load it, or call use()"))
 
     def wear(self, mix: Mapping[str, float]) -> None:
-        """Put in place what this mix needs: an adapter's own weights, or the base's."""
+        """Put in place what this mix needs: an adapter's own weights, or the base's; StateError if it needs both."""
+        self.check(mix)
         wanted = next((name for name in mix if name in self._brought), None)
         if wanted == self._on:
             return
@@ -84,7 +85,8 @@ class OwnWeights:
         with self.worn({}):
             yield
 
-    def settle(self, kept: set[tuple[nn.Module, str]]) -> None:
+    def settle(self, merged: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
         """Leave what was merged into these places for good, and put the base's own weights back in the others."""
+        kept = {(module, leaf) for module, leaf, _ in merged}
         self._aside = [entry for entry in self._aside if (entry[0], entry[1]) not in kept]
         self.wear({})

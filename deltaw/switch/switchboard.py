@@ -12,27 +12,24 @@ removing an adapter never changes another one's output, trainability or tensors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from deltaw import bases, store
-from deltaw.bases.original import open_originals
+from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig, SiteDelta
 from deltaw.core.layers import floating, share, watching
 from deltaw.core.state import Route, SwitchState
 from deltaw.core.survival import LEAST_SURVIVAL, SiteChange
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
 from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
-from deltaw.switch import merging, values
+from deltaw.switch import merging, own_weights, values
 from deltaw.switch.describe import describe
-from deltaw.switch.own_weights import OwnWeights
 
 
 class Switchboard:
@@ -47,7 +44,7 @@ class Switchboard:
         self._targets: dict[str, list[Target]] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._merged: merging.Merged | None = None
-        self._own = OwnWeights()
+        self._own = own_weights.OwnWeights()
         self._fingerprints: dict[tuple[str, ...], bases.Fingerprint] = {}
         self._trained_before: list[torch.Tensor] = []
 
@@ -70,7 +67,7 @@ class Switchboard:
 
     def add(self, name: str, adapter: LoraConfig | Adapter, *, seed: int | None = None, trainable: bool | None = None,
             dtype: torch.dtype | None = torch.float32, any_base: bool = False, partial: bool = False,
-            original: str | Path | Mapping[str, torch.Tensor] | None = None) -> list[Target]:
+            original: Source | None = None) -> list[Target]:
         """Attach another adapter, without switching to it; returns what it changes.
 
         A `LoraConfig` makes new factors (trainable; `seed` for a generator of their own, else torch's default one). An
@@ -89,10 +86,9 @@ class Switchboard:
                 generator = None if seed is None else torch.Generator().manual_seed(seed)
                 if config.starts_from_weights:
                     self._check_unmerged("add")
-                weights = None if original is None else open_originals(original)
                 with self._own.off():
                     placed = values.fresh(config, targets, self._hosts, dtype=dtype or torch.float32,
-                                          generator=generator, original=weights)
+                                          generator=generator, original=original)
             else:
                 adapter = store.settle_parameters(adapter, self._parameter_names)
                 self._check_base(adapter, any_base)
@@ -138,9 +134,8 @@ class Switchboard:
             {name: float(weight) for name, weight in choice.items()}
         for name in mix:
             self._check_known(name)
-        self._own.check(mix)
-        self._state.mix = mix
         self._own.wear(mix)
+        self._state.mix = mix
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -184,14 +179,9 @@ class Switchboard:
         One of several that are on keeps its weight in the mix, and the others stay on unmerged: the output does not
         change. One that is not on is switched to first. The base's own tensors are kept for `unmerge`.
 
-        Weights that bitsandbytes packed are left alone unless `into` is "requantized": the sum is then packed again,
-        and what that kept of the change is returned for each. Less than `least_survival` of the whole change, by
-        energy, is refused with a StateError unless `force`.
+        Packed weights need `into` "requantized": what that keeps of each change is returned, too little refused.
         """
         self._check_unmerged("merge")
-        if into not in (None, merging.REQUANTIZED):
-            raise ConfigError(Fault("merge(into=...)", f"got {into!r}", f"'{merging.REQUANTIZED}'",
-                                    "Merging into 16 bit is done on disk: deltaw.merge_files(..., into='16bit')"))
         if self._state.route is not None:
             raise StateError(Fault("merge()", "rows are routed to adapters", "a model that is not routed",
                                    "Leave the route() block first"))
@@ -204,10 +194,9 @@ class Switchboard:
         if not mix:
             raise StateError(Fault("merge()", "nothing is on", "an adapter in use", "Name one, or call use() first"))
         rest = {n: w for n, w in before.items() if n not in mix} if name is None or name in before else {}
-        self._own.check(mix | rest)
         with self._own.worn(mix | rest):
             swaps = merging.plan_merge(self._hosts, mix, rest, into=into,
-                                       least_survival=-math.inf if force else least_survival)
+                                       least_survival=None if force else least_survival)
         self._own.wear(mix | rest)
         self._merged = merging.Merged(mix, before)
         merging.apply_merge(self._hosts, swaps, self._merged)
@@ -236,18 +225,10 @@ class Switchboard:
         if self._merged is not None:
             self.unmerge()
         self.merge(name, **options)
-        merged = self._merged
-        assert merged is not None
-        merging.untie_config(self.model, merged)
+        assert self._merged is not None
+        merging.untie_config(self.model, self._merged)
+        self._own.settle(self._merged.originals)
         self._merged, self._state.mix = None, {}
-        self._own.settle({(owner, leaf) for owner, leaf, _ in merged.originals})
-
-    def take_off(self) -> None:
-        """Turn everything off and give every layer of the base its own weights back."""
-        if self._merged is not None:
-            self.unmerge()
-        self._state.mix = {}
-        self._own.wear({})
 
     # -- the base ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.bases.original import Originals
+from deltaw.bases.original import Source, open_originals
 from deltaw.core import Adapter, Geometry, LoraConfig, SiteDelta
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating
 from deltaw.core.methods import lora
@@ -30,10 +30,11 @@ class Placed:
 
 
 def fresh(config: LoraConfig, targets: list[Target], hosts: Hosts, *, dtype: torch.dtype,
-          generator: torch.Generator | None, original: Originals | None = None) -> list[Placed]:
+          generator: torch.Generator | None, original: Source | None = None) -> list[Placed]:
     """New slots for each target, on the devices of their hosts."""
+    originals = None if original is None else open_originals(original)
     if config.starts_from_weights:
-        starts.check(config, targets, hosts, original)
+        starts.check(config, targets, hosts, originals)
     steps = []
     for target in targets:
         site = target.site
@@ -46,7 +47,7 @@ def fresh(config: LoraConfig, targets: list[Target], hosts: Hosts, *, dtype: tor
             steps.append(Placed(site, TrainedBias(site.geometry, base.detach().to(dtype, copy=True))))
             continue
         if config.starts_from_weights:
-            made = starts.start(config, target, hosts, dtype, generator, original)
+            made = starts.start(config, target, hosts, dtype, generator, originals)
             steps.append(Placed(site, made.slot, own_weight=made.own_weight))
             continue
         shape_A, shape_B = site.geometry.factor_shapes(target.rank)

@@ -65,7 +65,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         if not quiet:
             announce(base, examples)
         board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task]),
-                       name=config.name, seed=config.seed)
+                       name=config.name, seed=config.seed,
+                       original=base.folder if config.lora.starts_from_weights else None)
         session = Session(config, out, base, examples, board, quiet=quiet)
         with session.prepared():
             state = session.train()

@@ -203,7 +203,7 @@ def test_a_weight_with_structure_loses_less_at_every_site(kind: str, init: str, 
             A, B = pissa.principal(W, geometry, 4, 2.0)
             packed = pack(W - delta_weight(A, B, 2.0, geometry), packing)
         near = float((W - packed.values() - 2.0 * B @ A).norm())
-        assert near < 0.5 * float((W - pack(W, packing).values()).norm())
+        assert near < (0.5 if init == "pissa" else 0.8) * float((W - pack(W, packing).values()).norm())
 
 
 @quiet
@@ -228,6 +228,14 @@ def test_training_over_own_weights_leaves_both_bases_alone() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert torch.equal(values(model[0]), own)
+    value, twin = board.adapter("a"), copy.deepcopy(model)
+    expected = pack((own + 4 * board.parameters("a")["0.lora_B"].detach().double()
+                     @ board.parameters("a")["0.lora_A"].detach().double()).float(), read(model[0]).packing).values()
+    deltaw.detach(twin, merge="a", into="requantized", force=True)
+    assert float((values(twin[0]) - expected).abs().max()) < 1e-6
+    other = quantized("nf4", torch.float32)
+    deltaw.attach(other, value, "a")  # over the base's own packed weights: its change counts from the original
+    assert float((other[0](x) - model[0](x)).abs().max()) < 3 * float((x.double() @ (own - frozen).t()).abs().max())
     board.remove("a")
     assert torch.equal(values(model[0]), frozen)
 

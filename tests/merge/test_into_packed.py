@@ -182,6 +182,8 @@ def test_a_live_merge_equals_the_one_on_disk_and_is_undone_to_the_bit(
     board = deltaw.attach(model, adapter, "a")
     with pytest.raises(StateError, match="quantized"):
         board.merge("a")
+    with pytest.raises(ConfigError, match="On disk there is also 16bit"):
+        board.merge("a", into="16bit")  # type: ignore[arg-type]
     changes = board.merge("a", into="requantized", force=True)
     assert {change.site for change in changes} == set(adapter.sites)
     report = merge_files(folders[1], adapter, tmp_path / "out", into="requantized", force=True)
@@ -233,3 +235,23 @@ def test_choices_that_do_not_fit(folders: tuple[Path, Path], tmp_path: Path) -> 
     with pytest.raises(BaseModelError, match=r"quantized \(gptq\)"):
         merge_files(folders[1], adapter, tmp_path / "out", into="16bit")
     assert not (tmp_path / "out").exists()
+
+
+def test_at_the_command_line(folders: tuple[Path, Path], kind: str, tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    from deltaw.cli.main import main
+
+    adapter_for(load(folders[1]), SMALL).save(tmp_path / "adapter")
+    words = ["merge", "--model", str(folders[1]), "--adapter", str(tmp_path / "adapter"), "--out",
+             str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "16bit" in capsys.readouterr().err
+    assert main([*words, "--into", "requantized"]) == 1
+    assert "survives rounding" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--into", "requantized", "--force"]) == 0
+    shown = capsys.readouterr().out
+    assert f"of the change survived rounding to {kind.partition('-')[0]}" in shown
+    assert main([*words, "--into", "16bit", "--overwrite", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["weights"], report["quantization"]) == ("dequantized", kind.partition("-")[0])

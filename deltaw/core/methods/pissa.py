@@ -85,10 +85,10 @@ def assemble(pairs: list[tuple[Tensor, Tensor]], geometry: Geometry) -> tuple[Te
 def joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Factors of the sum of both pairs' rank with BA = B₁A₁ + B₂A₂, differentiable."""
     parts = len(geometry.slices or ()) or geometry.experts
-    A = torch.cat([A.unflatten(0, (parts, -1)) for A, _ in (first, second)], dim=1).flatten(0, 1)
+    A = torch.cat([A.reshape(parts, -1, *A.shape[1:]) for A, _ in (first, second)], dim=1).flatten(0, 1)
     if geometry.experts == 1:
         return A, torch.cat([first[1], second[1]], dim=1)
-    B = torch.cat([B.unflatten(1, (-1, geometry.experts)) for _, B in (first, second)], dim=1)
+    B = torch.cat([B.reshape(B.shape[0], -1, geometry.experts) for _, B in (first, second)], dim=1)
     return A, B.flatten(1)
 
 
