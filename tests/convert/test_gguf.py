@@ -23,11 +23,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 32, "rope_theta": 500000.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "llama tied": {"tie_word_embeddings": True}, "mistral": {"sliding_window": None, "head_dim": 24},
-    "qwen2": {}, "qwen3": {"head_dim": 32}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16},
 }
 LOADED = ("llama", "llama tied", "mistral", "qwen2", "qwen3")
-"""What transformers' own GGUF loader gives back; of Gemma it reads no key length that is not its default."""
+"""What transformers' own GGUF loader gives back; of Qwen 3 and Gemma it reads no key length that is not its default."""
 IDS = torch.arange(2, 26).reshape(2, 12)
 
 
