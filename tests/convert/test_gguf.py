@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16},
 }
 LOADED = ("llama", "llama tied", "mistral", "qwen2", "qwen3")
-"""What transformers' own GGUF loader gives back; of Qwen 3 and Gemma it reads no key length that is not its default."""
+"""What transformers' own GGUF loader gives back; it reads no key length of Qwen 3, and no attention scale of Gemma."""
 IDS = torch.arange(2, 26).reshape(2, 12)
 
 
