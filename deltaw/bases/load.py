@@ -116,6 +116,19 @@ def load_base(
                 folder=folder, dtype=chosen, dtype_reason=reason, fresh=fresh)
 
 
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base alone, without a weight (a GGUF file is converted first, if it never was)."""
+    place = find_base(model)
+    if place.gguf is not None:
+        folder = gguf.converted(place.gguf, torch.float32) or gguf.convert(place.gguf, torch.float32)[0]
+        if folder is None:
+            raise BaseModelError(Fault(f"base '{model}'", "its conversion could not be kept",
+                                       remedy="Set DELTAW_HOME to a folder with room"))
+        place = Place(place.source, place.kind, folder, place.gguf)
+    tokenizer: PreTrainedTokenizerBase = _padded(_tokenizer(place, {}))
+    return tokenizer
+
+
 def _head_options(task: str, num_labels: int | None, labels: Sequence[str] | None) -> dict[str, Any]:
     """The config options of a classification head; every misfit among the arguments at once."""
     faults = []

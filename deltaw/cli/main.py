@@ -31,6 +31,7 @@ VERBS = {
     "merge": "Make an adapter permanent in a model folder.",
     "analyse": "Look at what adapters change: sizes, spectra, directions, and the base's weights beside them.",
     "plan": "Tell what a run would need, and whether it fits, before a weight is loaded.",
+    "convert": "Write a model or an adapter as a file for llama.cpp and Ollama.",
 }
 """Every verb with what it does; its file has the same name."""
 

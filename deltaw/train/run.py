@@ -85,7 +85,7 @@ class Session:
     def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, *, quiet: bool) -> None:
         self.config, self.out, self.base, self.examples, self.quiet = config, out, base, examples, quiet
         self.base_parameters = sum(p.numel() for p in base.model.parameters())
-        self.tuning = put_on(config, base.model)
+        self.tuning = put_on(config, base)
         self.objective = objective_for(config.task, Terms(config.label_smoothing, config.z_loss))
         self.choices = Choices()
         self.doctor = Doctor(self.tuning, window=config.doctor_steps, allow_unused=config.allow_unused)
@@ -207,13 +207,14 @@ class Session:
         return self.examples.valid.question(row)
 
 
-def put_on(config: TrainConfig, model: Any) -> Attached:
-    """What the config trains, on the model; `TargetError` where the model lacks what the method needs."""
+def put_on(config: TrainConfig, base: bases.Base) -> Attached:
+    """What the config trains, on the base's model; `TargetError` where it lacks what the method needs."""
     if config.method == "lora":
         lora = replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task])
-        return LoraTuning(attach(model, lora, name=config.name, seed=config.seed), config.name,
-                          freeze_a=config.freeze_a)
-    return baselines.METHODS[config.method](model, config.baseline, config.seed,
+        board = attach(base.model, lora, name=config.name, seed=config.seed,
+                       original=base.folder if lora.starts_from_weights else None)
+        return LoraTuning(board, config.name, freeze_a=config.freeze_a)
+    return baselines.METHODS[config.method](base.model, config.baseline, config.seed,
                                             lora=config.lora if baselines.trains_lora(config.method) else None)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig
 from deltaw.cli import analyse as analyse_verb
+from deltaw.cli import convert as convert_verb
 from deltaw.cli import eval as eval_verb
 from deltaw.cli import generate as generate_verb
 from deltaw.cli import merge as merge_verb
@@ -52,7 +53,8 @@ LORA: dict[str, tuple[str, Any]] = {
                                                                       {"q_proj|k{1,2}": 4, "v=": 2}),
     "alpha_pattern": ("q_proj=4,v.*=8.5", {"q_proj": 4.0, "v.*": 8.5}), "use_rslora": ("", True),
     "bias": ("lora_only", "lora_only"), "modules_to_save": ("score", ("score",)),
-    "init_lora_weights": ("gaussian", "gaussian"), "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
+    "init_lora_weights": ("pissa_niter_4", "pissa_niter_4"), "loftq_config": ("loftq_iter=5", {"loftq_iter": 5}),
+    "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
 }
 BASELINE: dict[str, tuple[str, Any]] = {
     "top_layers": ("3", 3), "prefix_tokens": ("16", 16), "infix_tokens": ("4", 4), "prefix_form": ("past", "past"),
@@ -83,6 +85,12 @@ ANALYSE: dict[str, tuple[str, Any]] = {
 }
 MERGE: dict[str, tuple[str, Any]] = {
     "adapter": ("a", "a"), "out": ("o", "o"), "model": ("b", "b"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
+    "overwrite": ("", True), "into": ("requantized", "requantized"), "least_survival": ("0.9", 0.9),
+    "force": ("", True),
+}
+CONVERT: dict[str, tuple[str, Any]] = {
+    "to": ("peft", "peft"), "out": ("o", "o"), "model": ("b", "b"), "adapter": ("a", "a"), "dtype": ("q8_0", "q8_0"),
+    "tokenizer": ("t.gguf", "t.gguf"), "modelfile": ("", True), "base_gguf": ("b.gguf", "b.gguf"),
     "overwrite": ("", True),
 }
 
@@ -128,7 +136,7 @@ def test_each_field_of_another_method(field: str, text: str, value: Any) -> None
 @pytest.mark.parametrize(("verb", "config", "values"), [
     (eval_verb, eval_verb.EvalOptions, EVAL), (generate_verb, generate_verb.GenerateOptions, GENERATE),
     (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE),
-    (analyse_verb, analyse_verb.AnalyseOptions, ANALYSE)])
+    (analyse_verb, analyse_verb.AnalyseOptions, ANALYSE), (convert_verb, convert_verb.ConvertOptions, CONVERT)])
 def test_each_field_of_the_other_verbs(verb: Any, config: type, values: dict[str, tuple[str, Any]]) -> None:
     words = [word for field, (text, _) in values.items() for word in written(field, text)]
     made: Any = build(config, given(verb.parser().parse(words), config))
@@ -145,11 +153,12 @@ def test_the_tables_above_hold_every_field() -> None:
     assert set(SAMPLING) == {f.name for f in fields(Sampling)}
     assert set(ANALYSE) == {f.name for f in fields(analyse_verb.AnalyseOptions)}
     assert set(MERGE) == {f.name for f in fields(merge_verb.MergeOptions)}
+    assert set(CONVERT) == {f.name for f in fields(convert_verb.ConvertOptions)}
 
 
 @pytest.mark.parametrize("config", [TrainConfig, LoraConfig, BaselineConfig, eval_verb.EvalOptions,
                                     generate_verb.GenerateOptions, Sampling, merge_verb.MergeOptions,
-                                    analyse_verb.AnalyseOptions])
+                                    analyse_verb.AnalyseOptions, convert_verb.ConvertOptions])
 def test_every_field_is_documented_on_one_line(config: type) -> None:
     docs = field_docs(config)
     for field in fields(config):

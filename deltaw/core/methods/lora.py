@@ -12,8 +12,6 @@ tensors only: no modules, no names, no state.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch import Tensor
 from deltaw.core.geometry import Geometry
 
 
-def initialise(A: Tensor, B: Tensor, how: bool | Literal["gaussian"], geometry: Geometry, rank: int,
+def initialise(A: Tensor, B: Tensor, how: bool | str, geometry: Geometry, rank: int,
                generator: torch.Generator | None = None) -> None:
     """Fill new factors in place, so that ΔW = 0 unless `how` is False.
 
