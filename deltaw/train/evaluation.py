@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.bases import stop_tokens
 from deltaw.data import EncodedData, Example, LabelledExample, Prompt, collate
 from deltaw.errors import ConfigError, Fault
-from deltaw.train.decoding import decode, device_of, generate, score_choices, stop_tokens
+from deltaw.train.decoding import decode, device_of, generate, score_choices
 from deltaw.train.figures import Metric, metric_name
 from deltaw.train.objective import IGNORED, CausalLoss, ClassLoss
 
