@@ -27,6 +27,7 @@ VERBS = {
     "generate": "Answer prompts, with an adapter or without.",
     "chat": "Talk to a model and switch its adapters while you do.",
     "merge": "Make an adapter permanent in a model folder.",
+    "serve": "Answer requests over HTTP, with many adapters on one base.",
 }
 """Every verb with what it does; its file has the same name."""
 

@@ -72,8 +72,8 @@ class Writer:
         import torch
         from transformers import GenerationConfig
 
-        from deltaw.bases.quiet import quiet_transformers
         from deltaw.bases import stop_tokens, turn_end
+        from deltaw.bases.quiet import quiet_transformers
         from deltaw.train.decoding import device_of
 
         room = self.room(len(prompt))

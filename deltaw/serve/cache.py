@@ -79,7 +79,8 @@ class RaggedCache:
     def lay_out(self, spans: Sequence[Span]) -> None:
         """Say where the tokens of the next row belong; spans of one token come first."""
         single = next((i for i, span in enumerate(spans) if span.b - span.a > 1), len(spans))
-        slots = [span.place * self.capacity + span.end - (span.b - at) for span in spans for at in range(span.a, span.b)]
+        slots = [span.place * self.capacity + span.end - (span.b - at) for span in spans
+                 for at in range(span.a, span.b)]
         alone = spans[:single]
         together = len(alone) > 1 and _worth_it(alone)
         layout = Layout(torch.tensor(slots, device=self.device), list(spans[single if together else 0:]),

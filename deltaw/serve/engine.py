@@ -3,7 +3,8 @@
     submit, cancel, call     from any thread; nothing of the engine's state is touched outside its own thread
     a step                   plan (scheduler), enter adapters (pool → banks), forward (runner), choose (sampler), tell
 
-What fails for one adapter ends the requests that use it; what fails in a forward ends those that ran. The engine goes on.
+What fails for one adapter ends the requests that use it; what fails in a forward ends those that ran. The engine goes
+on.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ class Engine:
             self._end(sequence, finish, event)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._end(sequence, "error", Event(finish="error", error=str(error) or type(error).__name__))
+        self._end(sequence, "error", Event(finish="error", error=str(error) or type(error).__name__,
+                                           refused=isinstance(error, DeltawError)))
 
     def _end(self, sequence: Sequence, finish: FinishReason, event: Event | None = None) -> None:
         """Free everything of a sequence, then say so."""

@@ -46,7 +46,8 @@ class Fitting:
         others = [f"'{name}' ({site.geometry.kind})" for name, site in adapter.sites.items()
                   if site.geometry.kind != "linear"]
         if others:
-            raise AdapterFileError(Fault("adapter", f"changes {', '.join(others[:3])}" + (", ..." if others[3:] else ""),
+            listed = ", ".join(others[:3]) + (", ..." if others[3:] else "")
+            raise AdapterFileError(Fault("adapter", f"changes {listed}",
                                          "linear layers alone, to run beside others in one batch",
                                          "Merge it into a base of its own: deltaw merge"))
         recorded = adapter.facts.get("base")

@@ -64,7 +64,8 @@ class SamplingParams:
             ("stop", len(self.stop) <= MAX_STOPS and all(self.stop), f"at most {MAX_STOPS} texts, none empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         ]
-        faults = [Fault(name, f"got {getattr(self, name)!r}", expected) for name, right, expected in ranges if not right]
+        faults = [Fault(name, f"got {getattr(self, name)!r}", expected)
+                  for name, right, expected in ranges if not right]
         if faults:
             raise ConfigError(*faults)
 
@@ -98,6 +99,8 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     error: str = ""
+    refused: bool = False
+    """The error is an adapter's, and not the engine's."""
     reused: int = 0
     """Tokens of the prompt that were in the cache already; told with the first event."""
 

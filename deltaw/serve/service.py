@@ -127,7 +127,7 @@ class Service:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def figures(self) -> dict[str, float]:
-        """Counts and sizes for metrics. Read without stopping the engine: each is right, together they may be a step apart."""
+        """Counts and sizes for metrics, read while the engine runs: together they may be a step apart."""
         engine, pool = self.engine, self.engine.pool
         counters = engine.counters
         return {
