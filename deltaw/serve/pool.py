@@ -68,8 +68,13 @@ class Pool(Generic[T]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Registered names, in the order they came."""
+        """Registered names, in the order they came. May be asked from any thread: the copy is one step of Python's."""
         return tuple(self._by_name)
+
+    @property
+    def entries(self) -> tuple[Entry[T], ...]:
+        """The entries of all names, as `names`."""
+        return tuple(self._by_name.values())
 
     def entry(self, name: str) -> Entry[T]:
         """The entry of a name."""

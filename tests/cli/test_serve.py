@@ -1,4 +1,4 @@
-"""`deltaw serve` as a process: its line when it is ready, answers, `deltaw chat --url`, SIGTERM; and what it refuses."""
+"""`deltaw serve` as a process: ready, answers, `deltaw chat --url`, SIGTERM; and what it refuses."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def process(base: Path, adapters: dict[str, Path], repo: Path) -> Iterator[tuple
 def test_a_folder_of_adapters_is_served_talked_to_and_stopped(
         process: tuple[subprocess.Popen[str], str], deltaw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started, url = process
-    monkeypatch.setattr("sys.stdin", io.StringIO("is the sky blue ?\n/use no\n/reset\nis the sky blue ?\n/use nob\n/list\n"
-                                                 "/use yes=2 no=-1\n/reset\nis the sky blue ?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("is the sky blue ?\n/use no\n/reset\nis the sky blue ?\n/use nob\n"
+                                                 "/list\n/use yes=2 no=-1\n/reset\nis the sky blue ?\n"))
     code, out, err = deltaw("chat", "--url", url, "--model", "yes", "--max-new-tokens", 4)
     assert (code, out.split()) == (0, ["yes", "no", "yes"])
     assert "Did you mean no" in err

@@ -25,7 +25,7 @@ def test_pieces_are_whole_characters_and_make_up_the_text() -> None:
     assert "".join(pieces) + stream.flush() == SENTENCE
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_nothing_of_a_stop_text_is_ever_shown(text: str, stops: list[str]) -> None:
     stream, shown = TextStream(decode, stops), ""
