@@ -73,7 +73,7 @@ class RowRunner:
         return [ordered[i] for i in complete], logits
 
     def _forward(self, ids: list[int], positions: list[int], keep: list[int]) -> Tensor:
-        at = torch.tensor(keep, device=self.device)
+        at = torch.tensor(keep, device=self.device, dtype=torch.long)
         chosen = {"logits_to_keep": at} if self._keeps_logits else {}
         try:
             out = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False, return_dict=True,

@@ -114,7 +114,7 @@ def test_penalties_keep_tokens_from_coming_again(client: Any) -> None:
 
 
 @pytest.mark.parametrize(("asked", "error", "said"), [
-    ({"model": "smal"}, openai.NotFoundError, "Did you mean small?"),
+    ({"model": "smal"}, openai.NotFoundError, "Did you mean small"),
     ({"max_tokens": 10_000}, openai.BadRequestError, "at most 48"),
     ({"messages": [{"role": "user", "content": "hello " * 70}]}, openai.BadRequestError, "at most 63"),
     ({"temperature": -1}, openai.BadRequestError, "temperature"),
