@@ -32,6 +32,7 @@ VERBS = {
     "analyse": "Look at what adapters change: sizes, spectra, directions, and the base's weights beside them.",
     "plan": "Tell what a run would need, and whether it fits, before a weight is loaded.",
     "convert": "Write a model or an adapter as a file for llama.cpp and Ollama.",
+    "serve": "Answer requests over HTTP, with many adapters on one base.",
 }
 """Every verb with what it does; its file has the same name."""
 

@@ -72,12 +72,13 @@ class Writer:
         import torch
         from transformers import GenerationConfig
 
+        from deltaw.bases import stop_tokens, turn_end
         from deltaw.bases.quiet import quiet_transformers
-        from deltaw.train.decoding import device_of, no_repeats, stop_tokens
+        from deltaw.train.decoding import device_of, no_repeats
 
         room = self.room(len(prompt))
         model: Any = self.base.model
-        chosen, ends = self.sampling, sorted(stop_tokens(model, self.base.tokenizer, [self._turn_end()]))
+        chosen, ends = self.sampling, sorted(stop_tokens(model, self.base.tokenizer, [turn_end(self.base.tokenizer)]))
         ids = torch.tensor([list(prompt)], device=device_of(model))
         with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
             torch.manual_seed(chosen.seed)
@@ -116,19 +117,6 @@ class Writer:
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         return list(self.base.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _turn_end(self) -> list[int]:
-        """What the chat template writes after an answer: some end turns with a token that no setting names."""
-        from deltaw import bases
-        from deltaw.errors import DataError
-
-        if not self.base.tokenizer.chat_template:
-            return []
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            return self._tokens(bases.render(self.base.tokenizer, turns, False).rstrip(), special=False)
-        except DataError:  # a template with demands of its own; the settings have to do
-            return []
 
 
 def prompt_tokens(writer: Writer, text: str, *, template: Literal["auto", "chat", "none"], shape: str | None,

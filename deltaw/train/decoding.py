@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.bases import stop_tokens
 from deltaw.bases.load import taken_positions
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.train.beams import Beams
@@ -65,19 +66,6 @@ def score_choices(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[i
         for (p, c), score in zip(part, sums, strict=True):
             scores[p, c] = score
     return scores
-
-
-def stop_tokens(model: Any, tokenizer: Any, tails: Iterable[Sequence[int]]) -> set[int]:
-    """The tokens that end an answer: those of model and tokenizer, and special ones that end these `tails` of examples.
-
-    Some chat templates end a turn with a token that neither the model's nor the tokenizer's settings name.
-    """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = {configured} if isinstance(configured, int) else set(configured or ())
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    special = set(tokenizer.all_special_ids)
-    return ends | {token for tail in tails for token in tail[-2:] if token in special}
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.bases import stop_tokens
 from deltaw.data import EncodedData, Example, LabelledExample, Prompt, collate
 from deltaw.errors import ConfigError, Fault
 from deltaw.train.beams import Beams
-from deltaw.train.decoding import decode, device_of, generate, score_choices, stop_tokens
+from deltaw.train.decoding import decode, device_of, generate, score_choices
 from deltaw.train.figures import Metric, metric_name
 from deltaw.train.metrics import CHOICE_METRICS, PERPLEXITY, TEXT_METRICS, expand, text_figure
 from deltaw.train.metrics.choices import accuracy, choice_figure
