@@ -10,8 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaw.serve.http.errors import Refused, reply
+from deltaw.serve.page import TYPES
 
-OPEN = frozenset({"/", "/health", "/ready", "/version"})
+OPEN = frozenset({"/", "/health", "/ready", "/version", *(f"/playground/{name}" for name in TYPES)})
 """What needs no key: the page, which asks for it, and what tells nothing."""
 
 

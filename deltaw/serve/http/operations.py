@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import APIRouter
@@ -15,12 +14,14 @@ from deltaw.errors import DeltawError, StateError
 from deltaw.serve.http.errors import ErrorReply, Refused, from_fault
 from deltaw.serve.http.metrics import exposition
 from deltaw.serve.http.schema import LoadAdapter, UnloadAdapter
+from deltaw.serve.page import FOLDER, TYPES
 
 if TYPE_CHECKING:
     from deltaw.serve.service import Service
 
-PAGE = Path(__file__).parents[1] / "page" / "index.html"
-"""The playground, one self-contained file."""
+POLICY = {"Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+          "X-Content-Type-Options": "nosniff"}
+"""What the playground may load: its own files, so that no answer can make it run or fetch anything."""
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 413)}
 
 
@@ -94,11 +95,16 @@ def state(service: Service, draining: Callable[[], bool]) -> APIRouter:
         return Response(content, headers={"Content-Type": kind})
 
     @routes.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> str:
-        """The playground, or where to look instead."""
-        if PAGE.is_file():
-            return PAGE.read_text(encoding="utf-8")
-        return "<!doctype html><title>deltaw</title><p>deltaw serves OpenAI's API at /v1; see <a href=/docs>/docs</a>."
+    async def page() -> Response:
+        """The playground."""
+        return HTMLResponse((FOLDER / "index.html").read_bytes(), headers=POLICY)
+
+    @routes.get("/playground/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        """A file of the playground."""
+        if name not in TYPES:
+            raise Refused(404, "There is no such file.")
+        return Response((FOLDER / name).read_bytes(), media_type=TYPES[name], headers=POLICY)
 
     return routes
 
