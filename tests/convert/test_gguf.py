@@ -23,8 +23,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 32, "rope_theta": 500000.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "llama tied": {"tie_word_embeddings": True}, "mistral": {"sliding_window": None, "head_dim": 24},
-    "qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16},
+    "qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16,
+                                                           "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 16, "tie_word_embeddings": True},
 }
 LOADED = ("llama", "llama tied", "mistral", "qwen2", "qwen3")
 """What transformers' own GGUF loader gives back; it reads no key length of Qwen 3, and no attention scale of Gemma."""
