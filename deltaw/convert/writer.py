@@ -6,7 +6,7 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,26 @@ def write_gguf(out: Path, architecture: str, describe: Callable[[Any], None], it
     gguf = require_gguf()
     with _beside(out) as partial:
         writer = gguf.GGUFWriter(partial, architecture)
-        describe(writer)
-        for item in items:
-            kind = _kind(item.shape, dtype)
-            empty = np.empty(0, np.uint8 if kind == "q8_0" else np.float16 if kind == "f16" else np.float32)
-            count = int(np.prod(item.shape))
-            size = {"f32": 4 * count, "f16": 2 * count, "bf16": 2 * count, "q8_0": count // _BLOCK * (_BLOCK + 2)}[kind]
-            shape = (*item.shape[:-1], item.shape[-1] // _BLOCK * (_BLOCK + 2)) if kind == "q8_0" else item.shape
-            writer.add_tensor_info(item.name, shape, empty.dtype, size, _raw(gguf, kind))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for item in items:
-            writer.write_tensor_data(_encoded(gguf, item, _kind(item.shape, dtype)))
-        writer.close()
+        with closing(writer):
+            describe(writer)
+            _fill(gguf, writer, items, dtype)
     return out.stat().st_size
+
+
+def _fill(gguf: Any, writer: Any, items: list[Item], dtype: Dtype) -> None:
+    """The header and the tensors."""
+    for item in items:
+        kind = _kind(item.shape, dtype)
+        empty = np.empty(0, np.uint8 if kind == "q8_0" else np.float16 if kind == "f16" else np.float32)
+        count = int(np.prod(item.shape))
+        size = {"f32": 4 * count, "f16": 2 * count, "bf16": 2 * count, "q8_0": count // _BLOCK * (_BLOCK + 2)}[kind]
+        shape = (*item.shape[:-1], item.shape[-1] // _BLOCK * (_BLOCK + 2)) if kind == "q8_0" else item.shape
+        writer.add_tensor_info(item.name, shape, empty.dtype, size, _raw(gguf, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for item in items:
+        writer.write_tensor_data(_encoded(gguf, item, _kind(item.shape, dtype)))
 
 
 def file_type(gguf: Any, dtype: Dtype) -> Any:

@@ -20,11 +20,12 @@ SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size
                          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
                          "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32, "rope_theta": 500000.0}
+          "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "llama tied": {"tie_word_embeddings": True}, "mistral": {"sliding_window": None, "head_dim": 24},
-    "qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16},
+    "qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16,
+                                                           "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 16, "tie_word_embeddings": True},
 }
 LOADED = ("llama", "llama tied", "mistral", "qwen2", "qwen3")
 """What transformers' own GGUF loader gives back; it reads no key length of Qwen 3, and no attention scale of Gemma."""
@@ -123,7 +124,7 @@ def test_gemma_norms_and_llama_3_factors(tmp_path: Path) -> None:
     model = build("llama", tmp_path / "l3", rope_parameters=LLAMA3)
     model_to_gguf(tmp_path / "l3", tmp_path / "l3.gguf", dtype="f32")
     factors = read(tmp_path / "l3.gguf")[1]["rope_freqs.weight"].double()
-    plain = 500000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    plain = 10000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
     assert float((plain / factors - scaled.double()).abs().max()) < 1e-6
     assert factors.unique().numel() > 2
