@@ -88,7 +88,10 @@ class Banks:
         self.modules, self.dtype, self.device = modules, dtype, device
         self.banks: dict[int, Bank] = {}
         self.where: dict[Blend, tuple[Bank, int]] = {}
+        self.tokens = 0
         self.parts: list[Segment | Group] = []
+        self.last_parts: list[Segment | Group] = []
+        """The parts where only the last token of each sequence is left: at the output layer."""
         self.merged: Blend | None = None
         """The blend that is in the weights, and adds nothing here."""
         self._hooked: set[str] = set()
@@ -148,21 +151,35 @@ class Banks:
         bank, entry = self.where.get(blend, (None, -1))
         return (0, -1) if bank is None else (bank.rank, entry)
 
-    def lay_out(self, rows: Sequence[tuple[Blend, int]]) -> None:
-        """Say whose the tokens of the next row are: blends with their numbers of tokens, those of one token first."""
-        self.parts = []
+    def lay_out(self, rows: Sequence[tuple[Blend, int]], complete: Sequence[int] = ()) -> None:
+        """Say whose the tokens of the next row are: blends with their numbers of tokens, those of one token first.
+
+        `complete` are the sequences whose last token alone reaches the output layer.
+        """
+        self.tokens = sum(length for _, length in rows)
+        self.parts = self._parts([(blend, length, length == 1) for blend, length in rows])
+        self.last_parts = self._parts([(rows[i][0], 1, rows[i][1] == 1) for i in complete])
+
+    def clear(self) -> None:
+        """Add nothing until the next `lay_out`."""
+        self.parts, self.last_parts = [], []
+
+    def _parts(self, rows: Sequence[tuple[Blend, int, bool]]) -> list[Segment | Group]:
+        """The parts of a row: blends with their numbers of tokens, and whether they may run in a group."""
+        parts: list[Segment | Group] = []
         at = 0
         singles: dict[int, tuple[Bank, int, list[int]]] = {}
-        for blend, length in rows:
+        for blend, length, is_single in rows:
             if blend in self.where and blend != self.merged:
                 bank, entry = self.where[blend]
-                if length == 1:
+                if is_single:
                     singles.setdefault(bank.rank, (bank, at, []))[2].append(entry)
                 else:
-                    self.parts.append(Segment(bank, at, at + length, entry))
+                    parts.append(Segment(bank, at, at + length, entry))
             at += length
         for bank, start, entries in singles.values():
-            self.parts += _grouped(bank, start, entries, self.device)
+            parts += _grouped(bank, start, entries, self.device)
+        return parts
 
     def _hook(self, site: str) -> None:
         """Let a linear layer add the changes of whoever runs."""
@@ -176,7 +193,7 @@ class Banks:
             y: Tensor = inner(x)
             if self.parts:
                 y_TO, x_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-                for part in self.parts:
+                for part in self.parts if len(x_TI) == self.tokens else self.last_parts:
                     stack = part.bank.stacks.get(site)
                     if stack is not None:
                         part.add(y_TO, x_TI, stack)

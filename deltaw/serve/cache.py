@@ -140,7 +140,7 @@ class RaggedCache:
         rows, groups = layout.last + 1 - layout.first, keys.shape[1]
         if layout.order_B is not None:
             q_BHD = q_BHD.new_zeros(rows, *q_BHD.shape[1:]).index_copy_(0, layout.order_B, q_BHD)
-        q_PGRD = q_BHD.unflatten(1, (groups, -1))
+        q_PGRD = q_BHD.reshape(rows, groups, -1, q_BHD.shape[-1])
         k_PGLD, v_PGLD = (held.view(self.places, self.capacity, groups, -1)[
             layout.first:layout.last + 1, :layout.longest].transpose(1, 2) for held in (keys, values))
         out = F.scaled_dot_product_attention(q_PGRD, k_PGLD, v_PGLD, self._length_mask(layout, window), scale=scale)
@@ -154,7 +154,7 @@ class RaggedCache:
         k_GLD, v_GLD = (held[start:start + span.end].transpose(0, 1) for held in (keys, values))
         length = span.b - span.a
         if length == 1 and not (window and span.end > window):
-            q_GRD = q_THD[0].unflatten(0, (k_GLD.shape[0], -1))
+            q_GRD = q_THD[0].reshape(k_GLD.shape[0], -1, q_THD.shape[-1])
             out = F.scaled_dot_product_attention(q_GRD[None], k_GLD[None], v_GLD[None], scale=scale)
             return out.flatten(1, 2)
         fresh = length == span.end and not (window and length > window)

@@ -101,7 +101,11 @@ class Engine:
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """End sequences; their places are free before the next step."""
-        self.call(lambda: [self._end(s, "cancelled") for s in sequences if s.number in self._texts])
+        def end() -> None:
+            for sequence in sequences:
+                self._end(sequence, "cancelled")
+
+        self.call(end)
 
     def call(self, function: Callable[[], R]) -> Future[R]:
         """Run a function in the engine's thread, between two steps."""

@@ -67,8 +67,8 @@ class RowRunner:
         ids = [token for c in ordered for token in c.sequence.tokens(c.start, c.end)]
         positions = [position for c in ordered for position in range(c.start, c.end)]
         self.cache.lay_out(rows)
-        self.banks.lay_out([(c.sequence.blend, c.end - c.start) for c in ordered])
         complete = [i for i, chunk in enumerate(ordered) if chunk.completes]
+        self.banks.lay_out([(c.sequence.blend, c.end - c.start) for c in ordered], complete)
         logits = self._forward(ids, positions, [rows[i].b - 1 for i in complete])
         return [ordered[i] for i in complete], logits
 
@@ -79,7 +79,7 @@ class RowRunner:
             out = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False, return_dict=True,
                              position_ids=torch.tensor([positions], device=self.device), **chosen)
         finally:
-            self.banks.parts = []
+            self.banks.clear()
         logits: Tensor = out.logits[0]
         return logits if self._keeps_logits else logits.index_select(0, at)
 
@@ -109,7 +109,7 @@ class ApartRunner:
                 out = self.model(input_ids=ids, past_key_values=self._caches.get(sequence.place), use_cache=True,
                                  return_dict=True)
             finally:
-                self.banks.parts = []
+                self.banks.clear()
             cached = getattr(out, "past_key_values", None)
             self._caches[sequence.place] = cached if cached is not None else getattr(out, "cache_params", None)
             if chunk.completes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Rows
 
 import torch
@@ -62,9 +63,10 @@ def penalized(logits_V: Tensor, sequence: Sequence) -> Tensor:
         factor = params.repetition_penalty
         logits_V = logits_V.index_put((seen,), torch.where(there > 0, there / factor, there * factor))
     if (params.presence_penalty or params.frequency_penalty) and sequence.written:
-        written, times = torch.tensor(sequence.written, device=logits_V.device).unique(return_counts=True)
-        change = params.presence_penalty + params.frequency_penalty * times.to(logits_V.dtype)
-        logits_V = logits_V.index_add(0, written, -change)
+        times = Counter(sequence.written)
+        written = torch.tensor(list(times), device=logits_V.device)
+        change = [-params.presence_penalty - params.frequency_penalty * count for count in times.values()]
+        logits_V = logits_V.index_add(0, written, logits_V.new_tensor(change))
     return logits_V
 
 

@@ -87,7 +87,7 @@ class Service:
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
-        return int(self.base.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return int(self.base.model.get_input_embeddings().weight.shape[0])
 
     # -- answers -----------------------------------------------------------------------------------------------------
 

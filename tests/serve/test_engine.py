@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,12 @@ CASES: list[tuple[str, dict[str, float]]] = [
 
 def test_every_row_of_a_mixed_batch_is_pefts_answer(service: Service, reference: Callable[..., list[int]]) -> None:
     assert type(service.engine._runner).__name__ == "RowRunner"
-    listeners = [ask(service, prompt, mix) for prompt, mix in CASES]
+    slow_start = service.engine.call(lambda: time.sleep(0.5))  # so that many prompts are computed in one step
+    listeners = [Listener() for _ in CASES]
+    for listener, (prompt, mix) in zip(listeners, CASES, strict=True):
+        service.submit(tokens_of(prompt), mix, GREEDY, [listener])
     got = [listener.tokens for listener in listeners]
+    assert slow_start.done()
     expected = [reference(tokens_of(prompt), mix, 12) for prompt, mix in CASES]
     assert got == expected
     assert len({tuple(answer) for answer in expected}) > len(CASES) // 2, "adapters that change nothing test nothing"

@@ -13,5 +13,4 @@ def test_a_short_soak_leaves_nothing_and_answers_right(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # PEFT's, while it makes the expected answers
         found = soak(tmp_path, seconds=4, clients=4, seed=0)
     assert found["ok"], found
-    assert found["done"]["right"] > 10
-    assert found["done"].get("left", 0) + found["done"].get("reloaded", 0) > 0
+    assert sum(found["done"].values()) > found["done"]["right"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class Answers:
         try:
             for i, prompt in enumerate(self.prompts):
                 listeners: list[Callable[[Event], None]] = [partial(tell, i * self.n + j) for j in range(self.n)]
-                submitted = self.service.submit(prompt, self.mix, self.params, listeners)
+                submitted: Future[Any] = self.service.submit(prompt, self.mix, self.params, listeners)
                 self._sequences += await asyncio.wrap_future(submitted)
         except BaseException as error:
             self.service.cancel(self._sequences)

@@ -35,5 +35,5 @@ class Figures:
 def exposition(service: Service) -> tuple[bytes, str]:
     """The text and its content type."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Figures(service))  # type: ignore[arg-type]
+    registry.register(Figures(service))
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in
                                            (400, 401, 404, 413, 429, 500, 503, 504)}
-EVENTS = {200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "An answer, or a stream."}}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}},
+                                                 "description": "An answer, or a stream."}}
 
 
 def router(service: Service) -> APIRouter:
