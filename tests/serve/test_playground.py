@@ -115,6 +115,7 @@ def test_a_blend_is_asked_for_with_its_weights(page: Any, expected: Callable[...
 
 
 def test_every_control_has_a_name_and_can_be_reached_by_key(page: Any) -> None:
+    page.find_element(By.TAG_NAME, "summary").click()
     for field in page.find_elements(By.CSS_SELECTOR, "input, textarea, select, button"):
         assert field.accessible_name, field.get_attribute("outerHTML")
     page.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
