@@ -123,11 +123,16 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
     """
     device = config.chosen_device()
     classifies = config.task == "seq-cls"
-    base = bases.load_base(config.model, task=config.task, dtype=config.dtype, device="meta" if classifies else device)
+    quantize = None if config.quantize == "none" else config.quantize
+
+    def load(device: str, labels: Sequence[str] | None = None) -> bases.Base:
+        return bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=labels, device=device,
+                               quantize=quantize, double_quant=config.double_quant)
+
+    base = load("meta" if classifies else device)
     train = _load(config, config.data, base, "train")
     if classifies:
-        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=train.label_names,
-                               device=device)
+        base = load(device, train.label_names)
     rows: NDArray[np.int64] = np.arange(len(train))
     named = isinstance(config.valid, str)
     if named or (config.valid is None and "valid" in available_splits(config.data)):

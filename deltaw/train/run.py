@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from deltaw import bases
+from deltaw.core.packed import numbers_in
 from deltaw.errors import ConfigError, Fault
 from deltaw.store.atomic import replace_folder
 from deltaw.switch import Switchboard, attach
@@ -164,12 +165,11 @@ class Session:
             | ({"computed": "; ".join(self.choices.lines)} if self.choices.lines else {}),
             data=self.examples.facts(),
             trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
-            base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in trained),
+            base_parameters=sum(numbers_in(p) for p in model.parameters() if id(p) not in trained),
             adapter_bytes=sum((self.out / name).stat().st_size for name in
                               ("adapter_config.json", "adapter_model.safetensors", "deltaw.json")),
             tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
-            peak_memory=peak_memory(), precision=f"{self.base.dtype}".removeprefix("torch.") +
-            f": {self.base.dtype_reason}", versions=versions())
+            peak_memory=peak_memory(), precision=self.base.precision, versions=versions())
         replace_folder(self.out, {RESULT_FILE: json.dumps(result.to_dict(), indent=1).encode()})
         return result
 

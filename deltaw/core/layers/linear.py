@@ -1,7 +1,7 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
 One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
-with the layers that share its input. A batch whose rows use different adapters costs two batched products, over factors
+with the layers that share its input. A quantized layer does so too, and is unpacked once however many adapters are on. A batch whose rows use different adapters costs two batched products, over factors
 stacked by row, padded to the largest rank; while nothing is differentiated the stack is kept until it goes stale.
 """
 
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.core.kernels import Projection, low_rank_linear
+from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
 from deltaw.core.layers.shared_input import calls
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
+from deltaw.core.packed import packed_weight
 from deltaw.core.state import Route
 
 MAX_ROWS_PER_ADAPTER = 4
@@ -47,13 +48,39 @@ class AdaptedLinear(Adapted):
         (name, weight), = self.active().items()
         slot = self.slots[name]
         if slot.dropout and self.training:
-            return low_rank_linear(x, [self.projection(name, weight)], slot.dropout)[0]
+            return low_rank_linear(x, [self.projection(name, weight, x)], slot.dropout)[0]
 
         def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
-            return low_rank_linear(x, [layer.projection(name, weight) for layer in layers])
+            return low_rank_linear(x, [layer.projection(name, weight, x) for layer in layers])
 
         followers = [layer for layer in self.followers if layer.can_follow(x, name)]
         return calls.take(self, x, (name, weight), followers, compute)
+
+    def host_output(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward; a quantized host's product is unpacked in the shared memory while something is on."""
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and self.active():
+            stripped = self.stripped(args[0])
+            if stripped is not None:
+                return frozen_linear(args[0], stripped, self._bias(args[0].dtype))
+        return self.inner(*args, **kwargs)
+
+    def stripped(self, x: Any) -> Stripped | None:
+        """The host's quantized weight, where a product with x through it is what the host itself would compute."""
+        weight = self.host._parameters.get("weight")
+        if weight is None or floating(weight) or self.own_forward is not None or type(x) is not Tensor \
+                or not x.numel() or not floating(x) or weight.device != x.device or lora.autocasts(x) or _transformed():
+            return None
+        packed = packed_weight(self.host)
+        if packed is None or getattr(self.host, "compute_dtype", None) not in (None, x.dtype):
+            return None
+        # bitsandbytes rounds the activations to 8 bits as well, except under training on the CPU.
+        if packed.kind == "int8" and not (self.host.training and x.device.type == "cpu"):
+            return None
+        return Stripped(packed, self.state.workspace)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = self.host._parameters.get("bias")
+        return None if bias is None else bias.to(dtype)
 
     def active(self) -> dict[str, float]:
         """The adapters that are on here for every row, with their weights."""
@@ -65,17 +92,21 @@ class AdaptedLinear(Adapted):
         """Whether this call is training of one adapter over a plain frozen layer, with nothing that looks inside."""
         if not torch.is_grad_enabled() or type(x) is not Tensor or not x.numel():
             return False
-        route, host, weight = self.state.route, self.host, self.host._parameters["weight"]
-        if (route is not None and not route.is_uniform) or not self._is_plain or type(weight) is not nn.Parameter:
-            return False
-        bias = host._parameters.get("bias")
-        if weight.requires_grad or weight.dtype != x.dtype or not floating(x) or weight.device != x.device \
-                or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype)):
-            return False
-        if self.state.compute_dtype not in (None, x.dtype) or lora.autocasts(x) or _transformed():
+        route, bias = self.state.route, self.host._parameters.get("bias")
+        if (route is not None and not route.is_uniform) or self.state.compute_dtype not in (None, x.dtype) \
+                or (bias is not None and bias.requires_grad):
             return False
         active = self.active()
-        return len(active) == 1 and not self.biases.keys() & active.keys()
+        if len(active) != 1 or self.biases.keys() & active.keys():
+            return False
+        return self._fits_plainly(x) or self.stripped(x) is not None
+
+    def _fits_plainly(self, x: Tensor) -> bool:
+        """Whether the host is a product with an unquantized frozen weight of x's dtype, and nothing else."""
+        weight, bias = self.host._parameters["weight"], self.host._parameters.get("bias")
+        return (self._is_plain and type(weight) is nn.Parameter and not weight.requires_grad and floating(x)
+                and weight.dtype == x.dtype and weight.device == x.device
+                and (bias is None or bias.dtype == x.dtype) and not lora.autocasts(x) and not _transformed())
 
     def can_follow(self, x: Tensor, name: str) -> bool:
         """Whether this layer's output may be made before it is called: no hook of its host would notice."""
@@ -84,11 +115,11 @@ class AdaptedLinear(Adapted):
                 and host.__dict__.get("forward") == self.forward and not host._forward_pre_hooks
                 and self.can_fuse(x) and self.in_features == x.shape[-1])
 
-    def projection(self, name: str, weight: float) -> Projection:
-        """The layer and one adapter's change as the fused product takes them."""
+    def projection(self, name: str, weight: float, x: Tensor) -> Projection:
+        """The layer and one adapter's change as the fused product with x takes them."""
         slot, W = self.slots[name], self.host.get_parameter("weight")
-        return Projection(W.t() if slot.geometry.transposed else W, self.host._parameters.get("bias"),
-                          *slot.factors(), slot.scaling * weight)
+        plain = W.t() if slot.geometry.transposed else W
+        return Projection(self.stripped(x) or plain, self._bias(x.dtype), *slot.factors(), slot.scaling * weight)
 
     @property
     def in_features(self) -> int:
