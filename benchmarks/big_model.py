@@ -2,9 +2,9 @@
 
     python benchmarks/big_model.py [--quick] [--folder FOLDER] [--keep] [--tokens 128] [--steps 3]
 
-Writes a Llama with random bf16 weights in shards, one layer at a time (13.5 GB of disk; removed at the end), then trains
-in a fresh process: nf4 with double quantization, every linear layer, r=8, layers computed again in the backward pass.
-The peak is what the kernel says that process ever held (VmHWM), libraries, reading and quantizing included.
+Writes a Llama with random bf16 weights in shards, one layer at a time (13.5 GB of disk; removed at the end), then
+trains in a fresh process: nf4 with double quantization, every linear layer, r=8, layers computed again in the backward
+pass. The peak is what the kernel says that process ever held (VmHWM), libraries, reading and quantizing included.
 `--quick` is a shape of 0.2 billion parameters.
 """
 
@@ -42,7 +42,7 @@ def tensors(shape: dict[str, int], generator: torch.Generator) -> Iterator[dict[
     wide, inner, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
 
     def drawn(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
+        return torch.empty(size, dtype=torch.bfloat16).uniform_(-0.035, 0.035, generator=generator)
 
     def ones() -> torch.Tensor:
         return torch.ones(wide, dtype=torch.bfloat16)
@@ -77,8 +77,8 @@ def write_model(folder: Path, shape: dict[str, int]) -> int:
     config.save_pretrained(folder)
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *WORDS])}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>", bos_token="<s>").save_pretrained(
-        folder)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>", bos_token="<s>")
+    made.save_pretrained(folder)
     return total
 
 
@@ -145,8 +145,8 @@ def main() -> int:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"loaded and quantized in {found['load_seconds']:.0f} s, peak then {found['load_peak'] / GIB:.2f} GiB; a step "
-          f"of {args.tokens} tokens {found['step_seconds']:.1f} s; all of it {found['seconds']:.0f} s; losses "
+    print(f"loaded and quantized in {found['load_seconds']:.0f} s, peak then {found['load_peak'] / GIB:.2f} GiB; a "
+          f"step of {args.tokens} tokens {found['step_seconds']:.1f} s; all of it {found['seconds']:.0f} s; losses "
           f"{', '.join(f'{loss:.3f}' for loss in found['losses'])}")
     limit = 10e9 if not args.quick else stored
     case = Case("peak of QLoRA, loading included / the limit", "GB", found["peak"] / 1e9, limit / 1e9,

@@ -117,9 +117,7 @@ def peft_bitsandbytes(folder: Path, dtype: str, tokens: int, *, recompute: bool,
 def child(side: str, folder: Path, dtype: str, tokens: int) -> None:
     """One side in this process: what it held at most, and after its imports."""
     import bitsandbytes  # noqa: F401
-    import transformers.models.qwen2.modeling_qwen2
 
-    import deltaw.train.run
 
     if side == "peft":
         import peft  # noqa: F401
@@ -199,7 +197,7 @@ def time_cases(folder: Path, tokens: int, repeats: int) -> list[Case]:
 def main() -> int:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 layers, 128 tokens: the embedding weighs more than it should")
+    parser.add_argument("--quick", action="store_true", help="8 layers, 128 tokens: the embedding weighs too much")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--only", choices=["memory", "time"])

@@ -3,9 +3,9 @@
 An adapter is a change to one frozen network; on another network of the same shapes it is noise that no shape check
 sees. The fingerprint is stored with the adapter and compared when it is loaded. It costs milliseconds because it
 reads 256 weights and not all of them: it tells different training runs of an architecture apart, and does not
-detect that single weights were edited. A quantized weight is read through its codes, so an adapter that was trained on a
-4-bit base is accepted on the same base in 16 bits, and the other way round. Hand it the base's own parameters: neither adapters nor a head that is newly
-initialised at each load.
+detect that single weights were edited. A quantized weight is read through its codes, so that an adapter of a 4-bit base
+is accepted on the same base in 16 bits, and the other way round. Hand it the base's own parameters: neither adapters
+nor a head that is newly initialised at each load.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def compare(recorded: Fingerprint, current: Fingerprint) -> Fault | None:
     """What tells the two bases apart, or None when they are the same network.
 
     The architectures must be equal. The samples must agree to 2^-7, which any conversion between float32, bfloat16
-    and float16 keeps; those of tensors that either side has quantized, to a cosine of 0.9. Positions that either side could
-    not read are left out.
+    and float16 keeps; those of tensors that either side has quantized, to a cosine of 0.9. Positions that either side
+    could not read are left out.
     """
     remedy = "Load the base that the adapter was trained on, or override the check if they are known to be the same"
     if recorded.architecture != current.architecture:

@@ -1,9 +1,9 @@
 """Load a base: a pretrained model and its tokenizer, from the Hub, a folder, a GGUF file or a package.
 
 `load_base` gives a plain transformers model in evaluation mode and changes nothing in it; attaching freezes it.
-Weights are mapped from safetensors and not copied; with `quantize` linear layers are packed as they are read. A parameter that the checkpoint lacks would be filled with random
-numbers in silence; here that is an error, but for a classification head, which is new by design and is named in
-`Base.fresh`.
+Weights are mapped from safetensors and not copied; with `quantize`, linear layers are packed as they are read. A
+parameter that the checkpoint lacks would be filled with random numbers in silence; here that is an error, but for a
+classification head, which is new by design and is named in `Base.fresh`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def load_base(
             folder, loaded, tokenizer = gguf.convert(place.gguf, chosen)
         if folder is None and (task != "causal-lm" or wanted is not None or torch.device(device).type == "meta"):
             raise BaseModelError(Fault(f"base '{model}'", "its conversion could not be kept, and only an unquantized "
-                                       "causal language model works without", remedy="Set DELTAW_HOME to a folder with room"))
+                                       "causal language model works without",
+                                       remedy="Set DELTAW_HOME to a folder with room"))
     if folder is not None:
         place = Place(place.source, place.kind, folder, place.gguf)
         config = _config(place, task, options | head)

@@ -37,7 +37,7 @@ def pack_4bit(W: Tensor, kind: str, *, double_quant: bool) -> tuple[Tensor, Any]
         part = flat[start:start + _STRIP].float().view(-1, BLOCK)
         largest = part.abs().amax(1)
         absmax[start // BLOCK:start // BLOCK + len(largest)] = largest
-        scaled = part.mul_((1.0 / largest.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
+        scaled = (part * (1.0 / largest.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
         places = _places(scaled, kind)
         codes[start // 2:(start + len(scaled)) // 2, 0] = (places[::2] << 4) | places[1::2]
     table = functional.get_4bit_type(kind, device=W.device)

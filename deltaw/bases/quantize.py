@@ -64,7 +64,8 @@ def stored_quantization(config: Any) -> str | None:
     if found is None:
         return None
     values = found if isinstance(found, Mapping) else found.to_dict()
-    return str(values.get("quant_method") or "bitsandbytes")
+    method = values.get("quant_method") or "bitsandbytes"
+    return str(getattr(method, "value", method))
 
 
 def check_reader(source: str, config: Any) -> None:
@@ -94,12 +95,13 @@ def check_quantizable(source: str, skeleton: PreTrainedModel, config: Any, wante
     if not layers:
         faults.append(Fault(where, "has no linear layer to quantize", "a network with linear layers",
                             "Leave quantize out"))
-    odd = [f"{name} {tuple(layer.weight.shape)}" for name, layer in layers.items()
-           if wanted.format != "int8" and layer.weight.numel() % BLOCK]
+    # bitsandbytes packs them, and its kernel for the CPU then reads some of them with another block's scale.
+    odd = [f"{name} ({inputs_of(layer)} inputs)" for name, layer in layers.items()
+           if wanted.format != "int8" and inputs_of(layer) % BLOCK]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         faults.append(Fault(where, f"cannot be stored in blocks of {BLOCK}: {', '.join(odd[:3])}{more}",
-                            f"rows x columns divisible by {BLOCK}", "Use quantize=int8, which has no blocks"))
+                            f"inputs divisible by {BLOCK}", "Use quantize=int8, which has no blocks"))
     if faults:
         raise (MissingDependencyError if missing else BaseModelError)(*faults)
 
@@ -109,6 +111,11 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
     return {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+
+
+def inputs_of(layer: Any) -> int:
+    """How many inputs a linear layer has, also one that stores its weight transposed."""
+    return int(layer.weight.shape[1 if type(layer) is nn.Linear else 0])
 
 
 def kept_modules(skeleton: PreTrainedModel, folder: Path) -> tuple[str, ...]:
@@ -182,7 +189,8 @@ def _settings(wanted: Quantization, dtype: torch.dtype, keep: tuple[str, ...], *
     if wanted.format == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True, **options)
     else:
-        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=wanted.format, bnb_4bit_compute_dtype=dtype,
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=wanted.format,
+                                      bnb_4bit_compute_dtype=dtype,
                                       bnb_4bit_use_double_quant=wanted.double_quant, **options)
     if own:
         _register()

@@ -116,10 +116,14 @@ def chosen_device(name: str) -> str:
 
 
 def mismatches(adapter: Adapter, base: Base) -> list[str]:
-    """What the adapter records about its chat template and tokenizer, and this base has otherwise."""
+    """What the adapter records about its base's quantization, template and tokenizer, and this base has otherwise."""
     from deltaw import bases
 
     found = []
+    stored = adapter.facts.get("quantized")
+    if stored != base.quantized:
+        found.append(f"It was trained on this base in {stored or 'plain numbers'}, and it is loaded in "
+                     f"{base.quantized or 'plain numbers'}; its answers may differ a little.")
     if "template" in adapter.facts:
         text = bases.describe_mismatch(adapter.facts["template"], bases.template_hash(base.tokenizer))
         found += [text] if text else []

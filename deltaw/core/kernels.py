@@ -237,7 +237,8 @@ def _through_weight(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tensor
     return dA, dB
 
 
-def _columns(flat: Sequence[Any]) -> tuple[Sequence[Tensor | Stripped], Sequence[Any], Sequence[Tensor], Sequence[Tensor]]:
+def _columns(flat: Sequence[Any]) -> tuple[Sequence[Tensor | Stripped], Sequence[Any], Sequence[Tensor],
+                                           Sequence[Tensor]]:
     """W, b, A and B of all projections, from W, b, A, B of each in turn."""
     return flat[0::4], flat[1::4], flat[2::4], flat[3::4]
 

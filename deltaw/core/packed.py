@@ -5,7 +5,7 @@
 
 A whole unpacked layer is a new allocation of hundreds of megabytes, and touching new memory takes longer than the
 unpacking. A strip is written into a buffer that is used again for the next one, and is still in the processor's cache
-when it is multiplied. bitsandbytes' own kernel writes it, to the same bits as `bitsandbytes.functional.dequantize_4bit`.
+when it is multiplied. bitsandbytes' own kernel writes it, to the bits of `bitsandbytes.functional.dequantize_4bit`.
 Elsewhere than on the CPU, and where that kernel is not found, a layer is one strip that bitsandbytes allocates.
 """
 
@@ -77,28 +77,26 @@ class Packed:
 
     def strips(self, dtype: torch.dtype, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
         """W's rows in turn, each strip with the slice that it is of W; it is overwritten by the next one."""
-        O, I = self.shape
+        count, columns = self.shape
         write = self._writer(dtype) if self.codes.device.type == "cpu" else None
         if write is None:
-            yield slice(0, O), self.dense(dtype)
+            yield slice(0, count), self.dense(dtype)
             return
         size = self._rows_of_a_strip()
-        for start in range(0, O, size):
-            rows = slice(start, min(start + size, O))
-            strip_RI = workspace.take(rows.stop - rows.start, I, dtype)
+        for start in range(0, count, size):
+            rows = slice(start, min(start + size, count))
+            strip_RI = workspace.take(rows.stop - rows.start, columns, dtype)
             write(rows, strip_RI)
             yield rows, strip_RI
 
     def _rows_of_a_strip(self) -> int:
-        """Rows in each strip but the last: strips of about the same size that begin where a block begins."""
-        O, I = self.shape
-        whole = 1 if self.state is None else self.state.blocksize // math.gcd(I, self.state.blocksize)
-        even = math.ceil(O / math.ceil(O * I / STRIP))
-        return max(whole, math.ceil(even / whole) * whole)
+        """Rows in each strip but the last: strips of about the same size."""
+        count, columns = self.shape
+        return max(1, math.ceil(count / math.ceil(count * columns / STRIP)))
 
     def _writer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], None] | None:
         """What writes some rows of W into a tensor, or None where only bitsandbytes' own function knows how."""
-        O, I = self.shape
+        columns = self.shape[1]
         if self.kind == "int8":
             scale_O = self.absmax.mul(1.0 / 127.0).unsqueeze(1)
 
@@ -107,15 +105,15 @@ class Packed:
 
             return write_8bit
         block = self.state.blocksize
-        native = _native(self.kind, dtype) if I % 2 == 0 and block < 2048 else None
+        native = _native(self.kind, dtype) if columns % block == 0 and block < 2048 else None
         if native is None or self.codes.dtype != torch.uint8 or not self.codes.is_contiguous():
             return None
         codes, absmax = self.codes.view(-1), unpacked_absmax(self.state)
 
         def write_4bit(rows: slice, out: Tensor) -> None:
-            first = rows.start * I
-            native(codes.data_ptr() + first // 2, absmax.data_ptr() + first // block * 4, out.data_ptr(), block,
-                   rows.stop - rows.start, I)
+            first = rows.start * columns
+            native(codes.data_ptr() + first // 2, absmax.data_ptr() + first // block * 4, out.data_ptr(), block, len(out),
+                   columns)
 
         return write_4bit
 

@@ -1,4 +1,4 @@
-"""Strips of a packed weight against bitsandbytes' own unpacking, and the products through them against dense algebra."""
+"""Strips of a packed weight against bitsandbytes' own unpacking; products through them against dense algebra."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def packed(kind: str, O: int = 24, I: int = 64, *, nested: bool = True, dtype: torch.dtype = torch.float32) -> Packed:
-    W = torch.randn(O, I, generator=torch.Generator().manual_seed(O * I)).to(dtype)
+def packed(kind: str, rows: int = 24, columns: int = 64, *, nested: bool = True,
+           dtype: torch.dtype = torch.float32) -> Packed:
+    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns)).to(dtype)
     if kind == "int8":
         codes, absmax, _ = bnb.functional.int8_vectorwise_quant(W.half())
-        return Packed("int8", codes, (O, I), absmax)
+        return Packed("int8", codes, (rows, columns), absmax)
     codes, state = bnb.functional.quantize_4bit(W, quant_type=kind, compress_statistics=nested)
     weight = bnb.nn.Params4bit(codes, requires_grad=False, quant_state=state, bnb_quantized=True)
     found = packed_tensor(weight)

@@ -1,8 +1,9 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
 One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
-with the layers that share its input. A quantized layer does so too, and is unpacked once however many adapters are on. A batch whose rows use different adapters costs two batched products, over factors
-stacked by row, padded to the largest rank; while nothing is differentiated the stack is kept until it goes stale.
+with the layers that share its input. A quantized layer does so too: it is unpacked once, however many adapters are on.
+A batch whose rows use different adapters costs two batched products, over factors stacked by row, padded to the largest
+rank; while nothing is differentiated the stack is kept until it goes stale.
 """
 
 from __future__ import annotations
