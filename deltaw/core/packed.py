@@ -112,8 +112,8 @@ class Packed:
 
         def write_4bit(rows: slice, out: Tensor) -> None:
             first = rows.start * columns
-            native(codes.data_ptr() + first // 2, absmax.data_ptr() + first // block * 4, out.data_ptr(), block, len(out),
-                   columns)
+            native(codes.data_ptr() + first // 2, absmax.data_ptr() + first // block * 4, out.data_ptr(), block,
+                   len(out), columns)
 
         return write_4bit
 
