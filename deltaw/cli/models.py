@@ -26,6 +26,10 @@ class ModelOptions:
     """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
     dtype: str = "auto"
     """Number format of the base: bf16, fp32, fp16, or auto (bf16 where the processor is fast at it)."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Store the base's linear layers in 4 or 8 bits while it is loaded: nf4, fp4 or int8."""
+    double_quant: bool = True
+    """With nf4 and fp4, pack the scales of the blocks too."""
     any_base: bool = False
     """Use the adapter although it was made for another base of the same shapes."""
 
@@ -103,7 +107,10 @@ def open_model(options: ModelOptions, adapters: Mapping[str, Adapter | SavedBase
 
     source = options.model or recorded_base(adapters)
     device = chosen_device(options.device)
-    opened = Opened(options, bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device))
+    base = bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device,
+                           quantize=None if options.quantize == "none" else options.quantize,
+                           double_quant=options.double_quant)
+    opened = Opened(options, base)
     for name, adapter in adapters.items():
         opened.add(name, adapter)
     return opened
@@ -135,10 +142,14 @@ def chosen_device(name: str) -> str:
 
 
 def mismatches(adapter: Adapter | SavedBaseline, base: Base) -> list[str]:
-    """What the adapter records about its chat template and tokenizer, and this base has otherwise."""
+    """What the adapter records about its base's quantization, template and tokenizer, and this base has otherwise."""
     from deltaw import bases
 
     found = []
+    stored = adapter.facts.get("quantized")
+    if stored != base.quantized:
+        found.append(f"It was trained on this base in {stored or 'plain numbers'}, and it is loaded in "
+                     f"{base.quantized or 'plain numbers'}; its answers may differ a little.")
     if "template" in adapter.facts:
         text = bases.describe_mismatch(adapter.facts["template"], bases.template_hash(base.tokenizer))
         found += [text] if text else []

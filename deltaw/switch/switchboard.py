@@ -23,7 +23,7 @@ from torch import nn
 from deltaw import bases, store
 from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig, SiteDelta
-from deltaw.core.layers import floating, share, watching
+from deltaw.core.layers import share, watching
 from deltaw.core.state import Route, SwitchState
 from deltaw.core.survival import LEAST_SURVIVAL, SiteChange
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
@@ -321,9 +321,7 @@ class Switchboard:
         recorded = adapter.facts.get("base")
         if any_base or not recorded:
             return
-        packed = any(not floating(p) for _, p in self._base_parameters())
-        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint(without=_saved(adapter.sites)),
-                              quantized=packed)
+        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint(without=_saved(adapter.sites)))
         if fault is not None:
             raise BaseMismatchError(fault)
 

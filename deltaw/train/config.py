@@ -106,6 +106,10 @@ class TrainConfig:
     """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
     dtype: str = "auto"
     """Number format of the base: bf16, fp32, or auto (bf16 where the processor is fast at it)."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Store the base's linear layers in 4 or 8 bits while it is loaded (QLoRA): nf4, fp4 or int8."""
+    double_quant: bool = True
+    """With nf4 and fp4, pack the scales of the blocks too."""
     gradient_checkpointing: Literal["off", "layer", "attention"] = "off"
     """Save memory by computing activations twice: those of each layer, or of its attention only."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -137,11 +137,16 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
     classifies = config.task == "seq-cls"
     # Steps of a usual size are lost when they are added to weights in bfloat16.
     dtype = "fp32" if config.dtype == "auto" and config.method in _TRAIN_THE_BASE else config.dtype
-    base = bases.load_base(config.model, task=config.task, dtype=dtype, device="meta" if classifies else device)
+    quantize = None if config.quantize == "none" else config.quantize
+
+    def load(device: str, labels: Sequence[str] | None = None) -> bases.Base:
+        return bases.load_base(config.model, task=config.task, dtype=dtype, labels=labels, device=device,
+                               quantize=quantize, double_quant=config.double_quant)
+
+    base = load("meta" if classifies else device)
     train = _load(config, config.data, base, "train")
     if classifies:
-        base = bases.load_base(config.model, task=config.task, dtype=dtype, labels=train.label_names,
-                               device=device)
+        base = load(device, train.label_names)
     rows: NDArray[np.int64] = np.arange(len(train))
     named = isinstance(config.valid, str)
     if named or (config.valid is None and "valid" in available_splits(config.data)):

@@ -19,6 +19,7 @@ def facts(config: TrainConfig, base: bases.Base, examples: Examples, state: Stat
     """What travels with the adapter: its base, its template, and how it was made."""
     return {"base_model": base.source, "template": bases.template_hash(base.tokenizer),
             "tokenizer": bases.tokenizer_hash(base.tokenizer),
+            **({"quantized": base.quantized} if base.quantized else {}),
             "training": {"config": config.to_dict(), "steps": state.step, "best_step": state.best_step,
                          "tokens": state.tokens, "supervised": state.units, "seconds": round(state.seconds, 1),
                          "data": examples.facts(), "before": dict(before), "after": dict(after),

@@ -25,6 +25,7 @@ import torch
 
 from deltaw import baselines, bases
 from deltaw.baselines.files import FILES
+from deltaw.core.packed import numbers_in
 from deltaw.errors import ConfigError, Fault
 from deltaw.store.atomic import replace_folder
 from deltaw.switch import attach
@@ -84,7 +85,7 @@ class Session:
 
     def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, *, quiet: bool) -> None:
         self.config, self.out, self.base, self.examples, self.quiet = config, out, base, examples, quiet
-        self.base_parameters = sum(p.numel() for p in base.model.parameters())
+        self.base_parameters = sum(numbers_in(p) for p in base.model.parameters())
         self.tuning = put_on(config, base)
         self.objective = objective_for(config.task, Terms(config.label_smoothing, config.z_loss))
         self.choices = Choices()
@@ -175,8 +176,7 @@ class Session:
             base_parameters=self.base_parameters,
             adapter_bytes=sum((self.out / name).stat().st_size for name in self.tuning.file_names),
             tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
-            peak_memory=peak_memory(), precision=f"{self.base.dtype}".removeprefix("torch.") +
-            f": {self.base.dtype_reason}", versions=versions())
+            peak_memory=peak_memory(), precision=self.base.precision, versions=versions())
         replace_folder(self.out, {RESULT_FILE: json.dumps(result.to_dict(), indent=1).encode()})
         return result
 

@@ -1,8 +1,9 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
 One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
-with the layers that share its input. A batch whose rows use different adapters costs two batched products, over factors
-stacked by row, padded to the largest rank; while nothing is differentiated the stack is kept until it goes stale.
+with the layers that share its input. A quantized layer does so too: it is unpacked once, however many adapters are on.
+A batch whose rows use different adapters costs two batched products, over factors stacked by row, padded to the largest
+rank; while nothing is differentiated the stack is kept until it goes stale.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.core.kernels import Projection, low_rank_linear
+from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
 from deltaw.core.layers.shared_input import Narrow, calls, watched_by
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
+from deltaw.core.packed import packed_weight
 from deltaw.core.state import Route
 
 MAX_ROWS_PER_ADAPTER = 4
@@ -53,13 +55,43 @@ class AdaptedLinear(Adapted):
         (name, weight), = self.active().items()
         slot = self.slots[name]
         if slot.dropout and self.training:
-            return low_rank_linear(x, [self.projection(name, weight)], slot.dropout)[0]
+            return low_rank_linear(x, [self.projection(name, weight, x)], slot.dropout)[0]
 
         def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
-            return low_rank_linear(x, [layer.projection(name, weight) for layer in layers])
+            return low_rank_linear(x, [layer.projection(name, weight, x) for layer in layers])
 
         followers = [layer for layer in self.followers if layer.can_follow(x, name)]
         return calls.take(self, x, (name, weight), followers, compute)
+
+    def host_output(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward; a quantized host's product is unpacked in the shared memory while something is on."""
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and self.active():
+            stripped = self.stripped(args[0])
+            if stripped is not None:
+                return frozen_linear(args[0], stripped, self._bias(args[0].dtype))
+        return self.inner(*args, **kwargs)
+
+    def stripped(self, x: Any, *, training: bool | None = None) -> Stripped | None:
+        """The host's quantized weight, where a product with x through it is what the host itself would compute.
+
+        With `training` as if the host were in that mode.
+        """
+        training = self.host.training if training is None else training
+        weight = self.host._parameters.get("weight")
+        if weight is None or floating(weight) or self.own_forward is not None or type(x) is not Tensor \
+                or not x.numel() or not floating(x) or weight.device != x.device or lora.autocasts(x) or _transformed():
+            return None
+        packed = packed_weight(self.host)
+        if packed is None or getattr(self.host, "compute_dtype", None) not in (None, x.dtype):
+            return None
+        # bitsandbytes rounds the activations to 8 bits as well, except under training on the CPU.
+        if packed.kind == "int8" and not (training and x.device.type == "cpu"):
+            return None
+        return Stripped(packed, self.state.workspace)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = self.host._parameters.get("bias")
+        return None if bias is None else bias.to(dtype)
 
     def active(self) -> dict[str, float]:
         """The adapters that are on here for every row, with their weights."""
@@ -88,30 +120,39 @@ class AdaptedLinear(Adapted):
         """Whether this call is training of one adapter over a plain frozen layer, with nothing that looks inside."""
         return torch.is_grad_enabled() and type(x) is Tensor and bool(x.numel()) and not self.obstacle(x)
 
-    def obstacle(self, x: Tensor) -> str:
-        """What keeps training on x from being one fused node, in a few words; "" where nothing does."""
-        route, host, weight = self.state.route, self.host, self.host._parameters["weight"]
-        if not self._is_plain or type(weight) is not nn.Parameter:
-            return f"{type(host).__name__} multiplies in a way of its own"
+    def obstacle(self, x: Tensor, *, training: bool | None = None) -> str:
+        """What keeps training on x from being one fused node, in a few words; "" where nothing does.
+
+        With `training` as if the host were in that mode.
+        """
+        route, bias = self.state.route, self.host._parameters.get("bias")
         if route is not None and not route.is_uniform:
             return "rows of several adapters in a batch"
+        if self.state.compute_dtype not in (None, x.dtype):
+            return f"low-rank products in {_name(self.state.compute_dtype)} on a {_name(x.dtype)} input"
+        if bias is not None and bias.requires_grad:
+            return "the base's weight or bias is trained too"
+        active = self.active()
+        if self.biases.keys() & active.keys():
+            return "a trained bias"
+        if len(active) != 1:
+            return f"{len(active)} adapters at once"
+        return "" if self.stripped(x, training=training) is not None else self._obstacle_of_host(x)
+
+    def _obstacle_of_host(self, x: Tensor) -> str:
+        """What makes the host something else than a product with an unquantized frozen weight of x's dtype."""
+        host, weight, bias = self.host, self.host._parameters["weight"], self.host._parameters.get("bias")
+        if not self._is_plain or type(weight) is not nn.Parameter:
+            return f"{type(host).__name__} multiplies in a way of its own"
         if lora.autocasts(x):
             return "autocast"
-        bias = host._parameters.get("bias")
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if weight.requires_grad:
             return "the base's weight or bias is trained too"
         if weight.dtype != x.dtype or not floating(x) or (bias is not None and bias.dtype != x.dtype):
             return f"{_name(weight.dtype)} weights on a {_name(x.dtype)} input"
         if weight.device != x.device:
             return "weight and input are on two devices"
-        if self.state.compute_dtype not in (None, x.dtype):
-            return f"low-rank products in {_name(self.state.compute_dtype)} on a {_name(x.dtype)} input"
-        if _transformed():
-            return "a transform of torch.func"
-        active = self.active()
-        if self.biases.keys() & active.keys():
-            return "a trained bias"
-        return "" if len(active) == 1 else f"{len(active)} adapters at once"
+        return "a transform of torch.func" if _transformed() else ""
 
     def can_follow(self, x: Tensor, name: str) -> bool:
         """Whether this layer's output may be made before it is called: no hook of its host would notice."""
@@ -120,11 +161,11 @@ class AdaptedLinear(Adapted):
                 and host.__dict__.get("forward") == self.forward and not host._forward_pre_hooks
                 and self.can_fuse(x) and self.in_features == x.shape[-1])
 
-    def projection(self, name: str, weight: float) -> Projection:
-        """The layer and one adapter's change as the fused product takes them."""
+    def projection(self, name: str, weight: float, x: Tensor) -> Projection:
+        """The layer and one adapter's change as the fused product with x takes them."""
         slot, W = self.slots[name], self.host.get_parameter("weight")
-        return Projection(W.t() if slot.geometry.transposed else W, self.host._parameters.get("bias"),
-                          *slot.factors(), slot.scaling * weight)
+        plain = W.t() if slot.geometry.transposed else W
+        return Projection(self.stripped(x) or plain, self._bias(x.dtype), *slot.factors(), slot.scaling * weight)
 
     @property
     def in_features(self) -> int:
@@ -220,7 +261,7 @@ def plain_layers(forward: Callable[[], object]) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
 
     def note(layer: AdaptedLinear, x: Tensor) -> None:
-        reason = layer.obstacle(x) if layer.active() else ""
+        reason = layer.obstacle(x, training=True) if layer.active() else ""
         if reason and layer.site not in found.setdefault(reason, []):
             found[reason].append(layer.site)
 
