@@ -42,7 +42,7 @@ def test_a_folder_of_adapters_is_served_talked_to_and_stopped(
         process: tuple[subprocess.Popen[str], str], deltaw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started, url = process
     monkeypatch.setattr("sys.stdin", io.StringIO("is the sky blue ?\n/use no\n/reset\nis the sky blue ?\n/use nob\n"
-                                                 "/list\n/use yes=2 no=-1\n/reset\nis the sky blue ?\n"))
+                                                 "/list\n/use yes=2 no=-0.5\n/reset\nis the sky blue ?\n"))
     code, out, err = deltaw("chat", "--url", url, "--model", "yes", "--max-new-tokens", 4)
     assert (code, out.split()) == (0, ["yes", "no", "yes"])
     assert "Did you mean no" in err
