@@ -52,15 +52,23 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
     else:
         import deltaw
         from deltaw.train.compile import compiled_layers
-        from deltaw.train.memory import recompute_activations
+        from deltaw.train.gated import gated_modules, product_made_again
+        from deltaw.train.memory import recompute_activations, release_at_once
         from deltaw.train.objective import CausalLoss
         from deltaw.train.optimizer import adamw
 
         board = deltaw.attach(model, deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR), seed=0)
         objective = CausalLoss()
-        board.share_inputs(lambda: objective.loss(model, {n: t[:1, :64] for n, t in batch.items()}))
+
+        def look() -> None:
+            objective.loss(model, {n: t[:1, :64] for n, t in batch.items()})
+
+        board.share_inputs(look)
         if side == "recomputed":
             recompute_activations(model)
+            release_at_once()
+        else:
+            stack.enter_context(product_made_again(gated_modules(model, look)))
         if side == "compiled":
             stack.enter_context(compiled_layers(model))
         optimizer = adamw(board.parameters("default"), learning_rate=1e-4)

@@ -176,7 +176,7 @@ def main() -> int:
             "samples": 0, "eval_rows": 1, "doctor_steps": 2, "compile": args.compile,
             "lora": deltaw.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")}
         base, examples = load_examples(deltaw.TrainConfig(**options, out=str(folder / "none")))
-        stream = examples._stream()
+        stream = examples.stream()
         batches: Any = [next(stream) for _ in range(steps)]
         board = deltaw.attach(base.model, options["lora"], name="default", seed=0)
         board.adapter("default").save(folder / "start")

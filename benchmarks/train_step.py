@@ -26,6 +26,7 @@ import deltaw
 from deltaw.bases import choose_dtype
 from deltaw.train.compile import compiled_layers
 from deltaw.train.cross_entropy import Terms
+from deltaw.train.gated import gated_modules, product_made_again
 from deltaw.train.objective import CausalLoss, ClassLoss
 from deltaw.train.optimizer import adamw
 
@@ -74,7 +75,12 @@ class Sides:
     def ours(self, *, compiled: bool) -> Step:
         model = self.model()
         board = deltaw.attach(model, deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=self.targets), seed=0)
-        board.share_inputs(lambda: self.objective.loss(model, {n: t[:1] for n, t in self.batch.items()}))
+
+        def look() -> None:
+            self.objective.loss(model, {n: t[:1] for n, t in self.batch.items()})
+
+        board.share_inputs(look)
+        self.stack.enter_context(product_made_again(gated_modules(model, look)))
         parameters = board.parameters("default")
         self.factors = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer = adamw(parameters, learning_rate=1e-4)

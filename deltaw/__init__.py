@@ -3,7 +3,8 @@
     board = deltaw.attach(model, deltaw.LoraConfig(r=8, target_modules="all-linear"), name="sql")
 
 The names below are the public face. Each is imported when it is first used, so that `import deltaw` itself loads
-neither torch nor transformers. `deltaw.train` is both a package and a call: see `deltaw/train/__init__.py`.
+neither torch nor transformers. `deltaw.train` and `deltaw.plan` are both packages and calls: see
+`deltaw/train/__init__.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from deltaw.core import Adapter as Adapter
     from deltaw.core import LoraConfig as LoraConfig
     from deltaw.merge import merge_files as merge_files
+    from deltaw.plan import Plan as Plan
+    from deltaw.plan import PlanConfig as PlanConfig
+    from deltaw.plan import plan as plan
     from deltaw.store import load as load
     from deltaw.switch import Switchboard as Switchboard
     from deltaw.switch.attachment import attach as attach
@@ -36,6 +40,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "LoraConfig",
+    "Plan",
+    "PlanConfig",
     "Switchboard",
     "TrainConfig",
     "__version__",
@@ -45,13 +51,16 @@ __all__ = [
     "errors",
     "load",
     "merge_files",
+    "plan",
     "train",
 ]
 
-_MODULE_ITSELF = ("errors", "train")
+_MODULE_ITSELF = ("errors", "plan", "train")
 _HOME = {
     "Adapter": "deltaw.core",
     "LoraConfig": "deltaw.core",
+    "Plan": "deltaw.plan",
+    "PlanConfig": "deltaw.plan",
     "Switchboard": "deltaw.switch",
     "TrainConfig": "deltaw.train",
     "attach": "deltaw.switch",

@@ -3,15 +3,15 @@
 An adapter is a change to one frozen network; on another network of the same shapes it is noise that no shape check
 sees. The fingerprint is stored with the adapter and compared when it is loaded. It costs milliseconds because it
 reads 256 weights and not all of them: it tells different training runs of an architecture apart, and does not
-detect that single weights were edited. Hand it the base's own parameters: neither adapters nor a head that is newly
-initialised at each load.
+detect that single weights were edited. A quantized weight is read through its codes, so that an adapter of a 4-bit base
+is accepted on the same base in 16 bits, and the other way round. Hand it the base's own parameters: neither adapters
+nor a head that is newly initialised at each load.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.core.packed import packed_tensor
 from deltaw.errors import AdapterFileError, Fault
 
 SAMPLES = 256
@@ -27,7 +28,9 @@ TOLERANCE = 2.0**-7
 FLOOR = 2.0**-24
 """Absolute difference allowed beside it: float16 holds nothing between 0 and 2^-24."""
 QUANTIZED_COSINE = 0.9
-"""Least cosine between the samples when one side was quantized; 4-bit rounding keeps about 0.99."""
+"""Least cosine between the samples of tensors that either side has quantized; 4-bit rounding keeps about 0.99."""
+_ENOUGH = 8
+"""Least number of such samples for a cosine to say anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,49 +40,55 @@ class Fingerprint:
     architecture: str
     """SHA-256 over the sorted names and shapes of the parameters."""
     sample: tuple[float, ...]
-    """Weights at fixed positions; NaN where a tensor is packed or has no data, empty when none has."""
+    """Weights at fixed positions; NaN where a tensor cannot be read, empty when none can."""
+    rounded: tuple[int, ...] = ()
+    """Which of them come from quantized tensors."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` of it gives the same fingerprint."""
-        return {"architecture": self.architecture, "sample": [x if math.isfinite(x) else None for x in self.sample]}
+        values: dict[str, Any] = {"architecture": self.architecture,
+                                  "sample": [x if math.isfinite(x) else None for x in self.sample]}
+        return values | ({"rounded": list(self.rounded)} if self.rounded else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
         """The fingerprint written by `to_dict`; values of another form are an `AdapterFileError`."""
-        architecture, sample = values.get("architecture"), values.get("sample")
+        architecture, sample, rounded = values.get("architecture"), values.get("sample"), values.get("rounded", [])
         if not isinstance(architecture, str) or not isinstance(sample, list) or not all(
             x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in sample
-        ):
+        ) or not isinstance(rounded, list) or not all(type(i) is int for i in rounded):
             raise AdapterFileError(Fault("base fingerprint", "is damaged", "a hash and a list of numbers",
                                          "Save the adapter again, or load it with the check turned off"))
-        return cls(architecture, tuple(math.nan if x is None else float(x) for x in sample))
+        return cls(architecture, tuple(math.nan if x is None else float(x) for x in sample), tuple(rounded))
 
 
 def fingerprint(named_tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """The fingerprint of a base with these parameters, as `model.named_parameters()` gives them.
 
-    Works with tensors of any dtype, on any device, in any memory layout; a tensor on the meta device and one packed
-    by a quantizer count for the architecture only.
+    Works with tensors of any dtype, on any device, in any memory layout; a tensor on the meta device and one packed in
+    an unknown way count for the architecture only.
     """
     tensors = sorted(named_tensors, key=lambda pair: pair[0])
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name}\0{_logical_shape(tensor)}\n".encode())
-    drawn = [_element(tensor, _position(name, k, tensor.numel())) for name, tensor, k in _spread(tensors)]
+    draws = _spread(tensors)
+    drawn = [_element(tensor, _position(name, k, math.prod(_logical_shape(tensor)))) for name, tensor, k in draws]
+    rounded = tuple(i for i, (_, tensor, _) in enumerate(draws) if not tensor.is_floating_point())
     present = [x for x in drawn if x is not None]
     if not present:
         return Fingerprint(digest.hexdigest(), ())
     device = present[0].device  # gathered before reading, so that a GPU is waited for once and not 256 times
     read = iter(torch.stack([x.to(device) for x in present]).tolist())
-    return Fingerprint(digest.hexdigest(), tuple(math.nan if x is None else next(read) for x in drawn))
+    return Fingerprint(digest.hexdigest(), tuple(math.nan if x is None else next(read) for x in drawn), rounded)
 
 
-def compare(recorded: Fingerprint, current: Fingerprint, *, quantized: bool = False) -> Fault | None:
+def compare(recorded: Fingerprint, current: Fingerprint) -> Fault | None:
     """What tells the two bases apart, or None when they are the same network.
 
     The architectures must be equal. The samples must agree to 2^-7, which any conversion between float32, bfloat16
-    and float16 keeps; with `quantized`, when either base was quantized, to a cosine of 0.9. Positions that either
-    side could not read are left out.
+    and float16 keeps; those of tensors that either side has quantized, to a cosine of 0.9. Positions that either side
+    could not read are left out.
     """
     remedy = "Load the base that the adapter was trained on, or override the check if they are known to be the same"
     if recorded.architecture != current.architecture:
@@ -89,13 +98,13 @@ def compare(recorded: Fingerprint, current: Fingerprint, *, quantized: bool = Fa
     if len(recorded.sample) != len(current.sample):
         return Fault("base", "cannot be compared: the fingerprint has another number of samples",
                      f"{len(current.sample)}, got {len(recorded.sample)}", remedy)
-    pairs = [(a, b) for a, b in zip(recorded.sample, current.sample, strict=True)
-             if math.isfinite(a) and math.isfinite(b)]
-    if quantized:
-        cosine = _cosine(pairs)
-        if cosine >= QUANTIZED_COSINE:
-            return None
-        return Fault("base", f"has other weights: the sampled ones have a cosine of {cosine:.2f}",
+    rounded = {*recorded.rounded, *current.rounded}
+    pairs, coarse = [], []
+    for i, (a, b) in enumerate(zip(recorded.sample, current.sample, strict=True)):
+        if math.isfinite(a) and math.isfinite(b):
+            (coarse if i in rounded else pairs).append((a, b))
+    if len(coarse) >= _ENOUGH and _cosine(coarse) < QUANTIZED_COSINE:
+        return Fault("base", f"has other weights: the sampled ones have a cosine of {_cosine(coarse):.2f}",
                      f"at least {QUANTIZED_COSINE} after quantization", remedy)
     wrong = sum(abs(a - b) > TOLERANCE * max(abs(a), abs(b)) + FLOOR for a, b in pairs)
     if not wrong:
@@ -120,8 +129,11 @@ def _position(name: str, draw: int, numel: int) -> int:
 
 def _element(tensor: Tensor, position: int) -> Tensor | None:
     """One element as a 0-dimensional float32 tensor, or None where it cannot be read as a weight."""
-    if tensor.is_meta or not tensor.is_floating_point():
+    if tensor.is_meta:
         return None
+    if not tensor.is_floating_point():
+        packed = packed_tensor(tensor)
+        return None if packed is None else packed.element(position)
     index = []
     for size in reversed(tensor.shape):  # row-major, without a copy of a strided tensor
         position, at = divmod(position, size)
@@ -130,12 +142,9 @@ def _element(tensor: Tensor, position: int) -> Tensor | None:
 
 
 def _logical_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of the weight, also where bitsandbytes has packed it into bytes; () where that is unknown."""
-    quantizer = sys.modules.get("bitsandbytes")
-    if quantizer is not None and isinstance(tensor, quantizer.nn.Params4bit) and not tensor.is_floating_point():
-        state = tensor.quant_state
-        return tuple(state.shape) if state is not None else ()
-    return tuple(tensor.shape)
+    """The shape of the weight, also where a quantizer has packed it into bytes."""
+    packed = packed_tensor(tensor)
+    return tuple(tensor.shape) if packed is None else packed.shape
 
 
 def _cosine(pairs: Sequence[tuple[float, float]]) -> float:

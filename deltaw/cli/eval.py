@@ -15,7 +15,7 @@ from deltaw.cli.models import (
     Opened,
     is_classifier,
     open_model,
-    read_adapter,
+    read_tuned,
     recorded_base,
     training_facts,
 )
@@ -23,8 +23,11 @@ from deltaw.cli.options import add_options, given
 from deltaw.cli.output import print_json, print_table, say
 from deltaw.cli.parser import Parser, UsageError
 from deltaw.errors import ConfigError, Fault, near
+from deltaw.train.beams import Beams
+from deltaw.train.metrics import METRICS, PERPLEXITY, SETS
 
 if TYPE_CHECKING:
+    from deltaw.baselines import SavedBaseline
     from deltaw.core import Adapter
     from deltaw.data import EncodedData
 
@@ -33,8 +36,10 @@ What is not given (columns, max-length, metrics, ...) is as in the adapter's tra
 
   deltaw eval --adapter adapters/mine --data test.jsonl
   deltaw eval --model my/base --data test.jsonl --metrics exact_match --json
+  deltaw eval --adapter adapters/e2e --data test.csv --columns prompt=mr,completion=ref --eval-rows none \\
+      --metrics e2e --num-beams 10 --length-penalty 0.9 --no-repeat-ngram-size 4
 """
-METRICS = ("exact_match", "accuracy", "f1")
+_NAMES = (*METRICS, PERPLEXITY, *SETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,9 @@ class EvalOptions(ModelOptions):
     columns: Mapping[str, str] | None = None
     """Which column of the data plays which role, as for `deltaw train`."""
     metrics: tuple[str, ...] | None = None
-    """exact_match, accuracy, f1; by default those of the training, else exact_match or accuracy where they fit."""
+    """exact_match, perplexity; of choices accuracy, f1, matthews, pearson, spearman; of texts bleu, nist, meteor,
+    rouge1, rouge2, rougeL, cider, logical_form (SQL), or the sets rouge and e2e. By default those of the training, else
+    exact_match or accuracy where they fit."""
     max_length: int | None = None
     """Longest example in tokens; by default as in the training, else what the model takes, at most 1024."""
     train_on: Literal["completion", "all"] | None = None
@@ -60,7 +67,7 @@ class EvalOptions(ModelOptions):
     batch_size: int = 8
     """Examples per forward pass."""
     max_new_tokens: int | None = None
-    """Longest answer, in tokens, that exact_match generates; by default as in the training, else 64."""
+    """Longest answer, in tokens, that is written; by default as in the training, else 64."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
     labels: tuple[str, ...] = field(default=())
@@ -70,8 +77,8 @@ class EvalOptions(ModelOptions):
         faults = [Fault(f"EvalOptions.{name}", f"got {value}", "a whole number >= 1") for name in
                   ("max_length", "eval_rows", "batch_size", "max_new_tokens", "threads")
                   if (value := getattr(self, name)) is not None and value < 1]
-        faults += [Fault("EvalOptions.metrics", f"got '{name}'", "of " + ", ".join(METRICS), near(name, METRICS))
-                   for name in self.metrics or () if name not in METRICS]
+        faults += [Fault("EvalOptions.metrics", f"got '{name}'", "of " + ", ".join(_NAMES), near(name, _NAMES))
+                   for name in self.metrics or () if name not in _NAMES]
         if faults:
             raise ConfigError(*faults)
 
@@ -82,6 +89,7 @@ def parser() -> Parser:
                   epilog=EPILOG)
     add_options(made, EvalOptions, "What to measure",
                 metavars={**METAVARS, "metrics": "NAME,...", "labels": "NAME,..."})
+    add_options(made, Beams, "How answers are written")
     made.add_general_options()
     return made
 
@@ -92,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
     if "data" not in values:
         raise UsageError("--data: is missing; expected a file, a folder or a Hub data set id")
     config = build(EvalOptions, values)
-    adapter = read_adapter(config.adapter) if config.adapter is not None else None
+    beams = build(Beams, given(options, Beams))
+    adapter = read_tuned(config.adapter) if config.adapter is not None else None
     if adapter is None and config.model is None:
         raise UsageError("--model: is missing; expected a base, or an --adapter that records its base")
     if config.threads is not None:
@@ -101,10 +110,10 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(config.threads)
     opened, data = open_both(config, adapter)
     rows = range(len(data))[:config.eval_rows]
-    figures = {"base": measure(opened, data, rows, config, adapter)}
+    figures = {"base": measure(opened, data, rows, config, adapter, beams)}
     if adapter is not None:
         opened.use("adapter")
-        figures["adapter"] = measure(opened, data, rows, config, adapter)
+        figures["adapter"] = measure(opened, data, rows, config, adapter, beams)
     if vars(options).get("json"):
         print_json({"model": opened.base.source, "adapter": config.adapter, "data": data.source.name, "rows": len(rows),
                     **{f"{name}_figures": found for name, found in figures.items()}})
@@ -116,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
                 [[name, *(figure(name, found[name]) for found in figures.values())] for name in names])
 
 
-def open_both(config: EvalOptions, adapter: Adapter | None) -> tuple[Opened, EncodedData]:
+def open_both(config: EvalOptions, adapter: Adapter | SavedBaseline | None) -> tuple[Opened, EncodedData]:
     """The base with the adapter on it, and the data as it was tokenised in the adapter's training."""
     adapters = {"adapter": adapter} if adapter is not None else {}
     if not is_classifier(adapter):
@@ -133,7 +142,8 @@ def open_both(config: EvalOptions, adapter: Adapter | None) -> tuple[Opened, Enc
     return open_model(config, adapters, task="seq-cls", labels=labels), data
 
 
-def encode(config: EvalOptions, adapter: Adapter | None, base: Any, labels: list[str] | None) -> EncodedData:
+def encode(config: EvalOptions, adapter: Adapter | SavedBaseline | None, base: Any,
+           labels: list[str] | None) -> EncodedData:
     """The examples as tokens."""
     from deltaw.data import available_splits, load_data
 
@@ -142,6 +152,8 @@ def encode(config: EvalOptions, adapter: Adapter | None, base: Any, labels: list
     split: str = config.split or next(name for name in ("test", "valid", "train") if name in there)
     task: Literal["causal-lm", "seq-cls"] = "causal-lm" if labels is None else "seq-cls"
     limit = base.max_positions
+    if limit is not None and labels is not None and adapter is not None:  # that base was opened without the adapter
+        limit -= getattr(adapter, "takes_positions", 0)
     length = config.max_length or min(trained.get("max_length") or 1024, limit or 1024)
     columns = trained.get("columns") if config.columns is None else config.columns
     return load_data(config.data, tokenizer=base.tokenizer, task=task, split=split, columns=columns or None,
@@ -150,17 +162,18 @@ def encode(config: EvalOptions, adapter: Adapter | None, base: Any, labels: list
 
 
 def measure(opened: Opened, data: EncodedData, rows: range, config: EvalOptions,
-            adapter: Adapter | None) -> dict[str, Any]:
+            adapter: Adapter | SavedBaseline | None, beams: Beams) -> dict[str, Any]:
     """The figures of the model as it is now."""
     from deltaw.train.evaluation import evaluate
 
     trained = training_facts(adapter)
     metrics = config.metrics if config.metrics is not None else tuple(
         name for name in trained.get("metrics") or () if name in METRICS) or _fitting(data)
-    say(f"evaluating {'the adapter' if opened.board is not None and opened.board.active else 'the base'}")
+    say(f"evaluating {'the adapter' if opened.is_on else 'the base'}")
     return evaluate(opened.base.model, opened.base.tokenizer, data, rows=rows, metrics=metrics,
                     batch_size=config.batch_size,
-                    max_new_tokens=config.max_new_tokens or trained.get("max_new_tokens") or 64).to_dict()
+                    max_new_tokens=config.max_new_tokens or trained.get("max_new_tokens") or 64,
+                    beams=beams).to_dict()
 
 
 def _fitting(data: EncodedData) -> tuple[str, ...]:

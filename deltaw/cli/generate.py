@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deltaw.cli.build import build
 from deltaw.cli.main import VERBS
-from deltaw.cli.models import METAVARS, ModelOptions, open_model, read_adapter, require_writer, training_facts
+from deltaw.cli.models import METAVARS, ModelOptions, open_model, read_tuned, require_writer, training_facts
 from deltaw.cli.options import add_options, given
 from deltaw.cli.output import print_json
 from deltaw.cli.parser import Parser, UsageError
 from deltaw.cli.writing import Sampling, Writer, prompt_tokens
 
 if TYPE_CHECKING:
+    from deltaw.baselines import SavedBaseline
     from deltaw.core import Adapter
 
 EPILOG = """\
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--compare: there is nothing to compare the base with; give --adapter")
     adapter = None
     if config.adapter is not None:
-        adapter = read_adapter(config.adapter)
+        adapter = read_tuned(config.adapter)
         require_writer(adapter, f"adapter '{config.adapter}'")
     opened = open_model(config, {"adapter": adapter} if adapter is not None else {})
     writer = Writer(opened.base, sampling)
@@ -93,7 +94,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _answer(writer: Writer, config: GenerateOptions, adapter: Adapter | None, prompt: str,
+def _answer(writer: Writer, config: GenerateOptions, adapter: Adapter | SavedBaseline | None, prompt: str,
             show: Callable[[str], None] | None) -> str:
     tokens = prompt_tokens(writer, prompt, template=config.template, shape=training_facts(adapter).get("shape"),
                            system=config.system)

@@ -26,7 +26,13 @@ VERBS = {
     "eval": "Measure a base and an adapter on held-out examples.",
     "generate": "Answer prompts, with an adapter or without.",
     "chat": "Talk to a model and switch its adapters while you do.",
+    "compare": "Put tuning methods side by side on one task.",
+    "sweep": "Cross ranks, target sets, scales and rates, and say which to take.",
     "merge": "Make an adapter permanent in a model folder.",
+    "analyse": "Look at what adapters change: sizes, spectra, directions, and the base's weights beside them.",
+    "plan": "Tell what a run would need, and whether it fits, before a weight is loaded.",
+    "convert": "Write a model or an adapter as a file for llama.cpp and Ollama.",
+    "serve": "Answer requests over HTTP, with many adapters on one base.",
 }
 """Every verb with what it does; its file has the same name."""
 

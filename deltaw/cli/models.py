@@ -10,6 +10,7 @@ from deltaw.cli.output import say
 from deltaw.errors import AdapterFileError, ConfigError, Fault, StateError
 
 if TYPE_CHECKING:
+    from deltaw.baselines import Baseline, SavedBaseline
     from deltaw.bases import Base
     from deltaw.core import Adapter
     from deltaw.switch import Switchboard
@@ -25,6 +26,10 @@ class ModelOptions:
     """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
     dtype: str = "auto"
     """Number format of the base: bf16, fp32, fp16, or auto (bf16 where the processor is fast at it)."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Store the base's linear layers in 4 or 8 bits while it is loaded: nf4, fp4 or int8."""
+    double_quant: bool = True
+    """With nf4 and fp4, pack the scales of the blocks too."""
     any_base: bool = False
     """Use the adapter although it was made for another base of the same shapes."""
 
@@ -40,13 +45,20 @@ class Opened:
     options: ModelOptions
     base: Base
     board: Switchboard | None = None
+    baseline: Baseline | None = None
+    """Another method's values on the model, in an adapter's stead."""
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: Adapter | SavedBaseline) -> None:
         """Attach an adapter under a name, off; a template or tokenizer that it was not trained with is reported."""
         from deltaw import switch
+        from deltaw.core import Adapter
 
         model = self.base.model
-        if self.board is None:
+        if not isinstance(adapter, Adapter):
+            self.baseline = adapter.put_on(model, any_base=self.options.any_base)
+            self.baseline.use(False)
+            model.eval()
+        elif self.board is None:
             self.board = switch.attach(model, adapter, name, any_base=self.options.any_base)
             self.board.use(None)
             model.eval()
@@ -55,9 +67,16 @@ class Opened:
         for text in mismatches(adapter, self.base):
             say(f"warning: adapter '{name}': {text}")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is on beside the base."""
+        return bool(self.baseline.is_on if self.baseline is not None else self.board is not None and self.board.active)
+
     def use(self, choice: str | Mapping[str, float] | None) -> None:
         """Turn on an adapter, a mix or the base."""
-        if self.board is not None:
+        if self.baseline is not None:
+            self.baseline.use(choice is not None)
+        elif self.board is not None:
             self.board.use(choice)
         elif choice is not None:
             raise StateError(Fault("use", "no adapter is attached", "at least one", "Add one first"))
@@ -65,25 +84,39 @@ class Opened:
 
 def read_adapter(path: str) -> Adapter:
     """The adapter in a folder or of a Hub id."""
-    from deltaw import store
+    from deltaw import baselines, store
 
+    if baselines.is_baseline(path):
+        method = baselines.read(path).recipe.method
+        raise AdapterFileError(Fault(path, f"was trained with method {method}", "an adapter of method lora",
+                                     "`deltaw eval` and `deltaw generate` take it"))
     return store.load(path)
 
 
-def open_model(options: ModelOptions, adapters: Mapping[str, Adapter], *, labels: list[str] | None = None,
-               task: Literal["causal-lm", "seq-cls"] = "causal-lm") -> Opened:
+def read_tuned(path: str) -> Adapter | SavedBaseline:
+    """The adapter in a folder or of a Hub id, or what another method left in a folder."""
+    from deltaw import baselines
+
+    return baselines.read(path) if baselines.is_baseline(path) else read_adapter(path)
+
+
+def open_model(options: ModelOptions, adapters: Mapping[str, Adapter | SavedBaseline], *,
+               labels: list[str] | None = None, task: Literal["causal-lm", "seq-cls"] = "causal-lm") -> Opened:
     """The base that the options name, or else the first adapter, with all of these adapters attached, and off."""
     from deltaw import bases
 
     source = options.model or recorded_base(adapters)
     device = chosen_device(options.device)
-    opened = Opened(options, bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device))
+    base = bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device,
+                           quantize=None if options.quantize == "none" else options.quantize,
+                           double_quant=options.double_quant)
+    opened = Opened(options, base)
     for name, adapter in adapters.items():
         opened.add(name, adapter)
     return opened
 
 
-def recorded_base(adapters: Mapping[str, Adapter]) -> str:
+def recorded_base(adapters: Mapping[str, Adapter | SavedBaseline]) -> str:
     """The base that the first adapter names."""
     for adapter in adapters.values():
         source = adapter.facts.get("base_model")
@@ -108,11 +141,15 @@ def chosen_device(name: str) -> str:
     return name
 
 
-def mismatches(adapter: Adapter, base: Base) -> list[str]:
-    """What the adapter records about its chat template and tokenizer, and this base has otherwise."""
+def mismatches(adapter: Adapter | SavedBaseline, base: Base) -> list[str]:
+    """What the adapter records about its base's quantization, template and tokenizer, and this base has otherwise."""
     from deltaw import bases
 
     found = []
+    stored = adapter.facts.get("quantized")
+    if stored != base.quantized:
+        found.append(f"It was trained on this base in {stored or 'plain numbers'}, and it is loaded in "
+                     f"{base.quantized or 'plain numbers'}; its answers may differ a little.")
     if "template" in adapter.facts:
         text = bases.describe_mismatch(adapter.facts["template"], bases.template_hash(base.tokenizer))
         found += [text] if text else []
@@ -122,7 +159,7 @@ def mismatches(adapter: Adapter, base: Base) -> list[str]:
     return found
 
 
-def training_facts(adapter: Adapter | None) -> dict[str, Any]:
+def training_facts(adapter: Adapter | SavedBaseline | None) -> dict[str, Any]:
     """The config that an adapter was trained with, and what its rows looked like; empty where it records nothing."""
     training = adapter.facts.get("training") if adapter is not None else None
     if not isinstance(training, dict):
@@ -134,13 +171,13 @@ def training_facts(adapter: Adapter | None) -> dict[str, Any]:
     return facts
 
 
-def is_classifier(adapter: Adapter | None) -> bool:
+def is_classifier(adapter: Adapter | SavedBaseline | None) -> bool:
     """Whether an adapter chooses labels instead of writing text."""
     return adapter is not None and (training_facts(adapter).get("task") == "seq-cls"
-                                    or adapter.config.task_type == "SEQ_CLS")
+                                    or getattr(adapter.config, "task_type", None) == "SEQ_CLS")
 
 
-def require_writer(adapter: Adapter, where: str) -> None:
+def require_writer(adapter: Adapter | SavedBaseline, where: str) -> None:
     """Refuse an adapter that was trained to classify."""
     if is_classifier(adapter):
         raise AdapterFileError(Fault(where, "was trained to choose labels", "an adapter that writes text",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deltaw.baselines.config import BaselineConfig
 from deltaw.cli.build import build, read_config_file
 from deltaw.cli.main import VERBS
 from deltaw.cli.options import add_options, given
@@ -25,20 +26,21 @@ Lists are a,b; mappings are key=value,key=value; either may be JSON. `none` is n
   deltaw train --config adapters/mine/train_config.json --resume
   deltaw train --jobs jobs.yaml
 """
+METAVARS = {"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME", "metrics": "NAME,...",
+            "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X", "valid": "FILE|X"}
 
 
 def parser() -> Parser:
     """The options: those of `TrainConfig` and `LoraConfig`, and a file to take them from."""
     made = Parser("train", VERBS["train"], usage="train --model MODEL --data DATA --out FOLDER [OPTIONS]",
                   epilog=EPILOG)
-    add_options(made, TrainConfig, "The run", skip=("lora",),
-                metavars={"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME",
-                          "metrics": "NAME,...", "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X",
-                          "valid": "FILE|X"})
+    add_options(made, TrainConfig, "The run", skip=("lora", "baseline"), metavars=METAVARS)
     add_options(made, LoraConfig, "The adapter")
+    add_options(made, BaselineConfig, "The other methods")
     group = made.add_argument_group("Files")
     group.add_argument("--config", metavar="FILE", help="Take options from a .json or .toml file with the names above, "
-                       "those of the adapter under `lora`; options given beside it count more.")
+                       "those of the adapter under `lora` and of other methods under `baseline`; options given beside "
+                       "it count more.")
     group.add_argument("--jobs", metavar="FILE", help="Train many adapters over one base, as a .yaml or .json file of "
                        "datasets, adapters and tasks says; only --resume and --report go with it.")
     group.add_argument("--report", dest="report", action=argparse.BooleanOptionalAction,
@@ -54,7 +56,11 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     lora = values.get("lora", {})
     if not isinstance(lora, Mapping):
         raise UsageError(f"{file}: lora is {lora!r}; expected an object with the adapter's options")
-    merged = {**values, **given(options, TrainConfig), "lora": {**lora, **given(options, LoraConfig)}}
+    baseline = values.get("baseline", {})
+    if not isinstance(baseline, Mapping):
+        raise UsageError(f"{file}: baseline is {baseline!r}; expected an object with the method's options")
+    merged = {**values, **given(options, TrainConfig), "lora": {**lora, **given(options, LoraConfig)},
+              "baseline": {**baseline, **given(options, BaselineConfig)}}
 
     def make(**values: Any) -> TrainConfig:
         return TrainConfig.from_dict(values)
@@ -88,6 +94,8 @@ def next_commands(config: TrainConfig) -> list[str]:
     adapter, merged = quote(config.out), quote(config.out.rstrip("/") + "-merged")
     if config.task == "seq-cls":
         return [f"deltaw eval --adapter {adapter} --data {quote(config.data)}"]
-    return [f"deltaw generate --adapter {adapter} 'a prompt like those in your data'",
-            f"deltaw chat --adapter {adapter}",
+    asks = f"deltaw generate --adapter {adapter} 'a prompt like those in your data'"
+    if config.method != "lora":
+        return [asks]
+    return [asks, f"deltaw chat --adapter {adapter}",
             f"deltaw merge --model {quote(config.model)} --adapter {adapter} --out {merged}"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltaw.errors import ConfigError, Fault
+from deltaw.train.beams import Beams
 
 if TYPE_CHECKING:
     from deltaw.bases import Base
@@ -15,8 +16,8 @@ Turn = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
+class Sampling(Beams):
+    """How an answer is searched for, and how the next token is chosen."""
 
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
@@ -31,16 +32,15 @@ class Sampling:
     seed: int = 0
     """Seed of the draws."""
 
-    def __post_init__(self) -> None:
+    def faults(self) -> list[Fault]:
+        """What is wrong with the options."""
         ranges = [("max_new_tokens", self.max_new_tokens >= 1, "a whole number >= 1"),
                   ("temperature", 0 <= self.temperature < 100, "0 <= temperature < 100"),
                   ("top_p", 0 < self.top_p <= 1, "0 < p <= 1"), ("top_k", self.top_k >= 0, "a whole number >= 0"),
                   ("repetition_penalty", 0 < self.repetition_penalty < 100, "a number above 0"),
                   ("seed", self.seed >= 0, "a whole number >= 0")]
-        faults = [Fault(f"Sampling.{name}", f"got {getattr(self, name)}", expected)
-                  for name, right, expected in ranges if not right]
-        if faults:
-            raise ConfigError(*faults)
+        return [*super().faults(), *(Fault(f"Sampling.{name}", f"got {getattr(self, name)}", expected)
+                                                   for name, right, expected in ranges if not right)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +72,31 @@ class Writer:
         import torch
         from transformers import GenerationConfig
 
+        from deltaw.bases import stop_tokens, turn_end
         from deltaw.bases.quiet import quiet_transformers
-        from deltaw.train.decoding import device_of, stop_tokens
+        from deltaw.train.decoding import device_of, no_repeats
 
         room = self.room(len(prompt))
         model: Any = self.base.model
-        chosen, ends = self.sampling, sorted(stop_tokens(model, self.base.tokenizer, [self._turn_end()]))
+        chosen, ends = self.sampling, sorted(stop_tokens(model, self.base.tokenizer, [turn_end(self.base.tokenizer)]))
         ids = torch.tensor([list(prompt)], device=device_of(model))
         with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
             torch.manual_seed(chosen.seed)
             # Every option is named: one that is not would be taken from the model's own generation_config.json.
             config = GenerationConfig(
                 do_sample=chosen.temperature > 0, temperature=chosen.temperature or 1.0, top_p=chosen.top_p,
-                top_k=chosen.top_k, repetition_penalty=chosen.repetition_penalty, max_new_tokens=room, num_beams=1,
+                top_k=chosen.top_k, repetition_penalty=chosen.repetition_penalty, max_new_tokens=room,
+                num_beams=chosen.num_beams, length_penalty=chosen.length_penalty,
                 eos_token_id=ends or None, pad_token_id=self.base.tokenizer.pad_token_id or 0, use_cache=True)
+            streams = on_text is not None and chosen.num_beams == 1  # which beam is the answer shows at its end only
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
-                                    streamer=_streamer(self.base.tokenizer, on_text) if on_text else None)
+                                    logits_processor=no_repeats(chosen.no_repeat_ngram_size, len(prompt)),
+                                    streamer=_streamer(self.base.tokenizer, on_text) if on_text and streams else None)
         written: list[int] = output[0, len(prompt):].tolist()
-        return written[:-1] if written and written[-1] in ends else written
+        written = written[:-1] if written and written[-1] in ends else written
+        if on_text is not None and not streams:
+            on_text(self.text(written))
+        return written
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of this length."""
@@ -110,19 +117,6 @@ class Writer:
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         return list(self.base.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _turn_end(self) -> list[int]:
-        """What the chat template writes after an answer: some end turns with a token that no setting names."""
-        from deltaw import bases
-        from deltaw.errors import DataError
-
-        if not self.base.tokenizer.chat_template:
-            return []
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            return self._tokens(bases.render(self.base.tokenizer, turns, False).rstrip(), special=False)
-        except DataError:  # a template with demands of its own; the settings have to do
-            return []
 
 
 def prompt_tokens(writer: Writer, text: str, *, template: Literal["auto", "chat", "none"], shape: str | None,

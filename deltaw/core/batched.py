@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.core.kernels import Stripped, product
 from deltaw.core.methods import lora
 
 STACKED_FROM = 12
@@ -30,9 +31,12 @@ _MOST_PADDING = 4.0
 
 
 class Frozen(NamedTuple):
-    """One linear layer over x: W (O, I) in x's dtype, b (O,) or None. A W of None is O outputs of the change alone."""
+    """One linear layer over x: W (O, I) in x's dtype, or packed, and b (O,) or None.
 
-    W: Tensor | None
+    A W of None is O outputs of the change alone.
+    """
+
+    W: Tensor | Stripped | None
     b: Tensor | None
     outputs: int
 
@@ -67,7 +71,8 @@ def grouped_linear(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group])
             .bernoulli_(1 - g.dropout, generator=g.generator) for g in groups]
     plan = _Plan(groups, layers, x.shape)
     outputs: tuple[Tensor, ...] = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
-        x, plan, *keep, *(layer.W for layer in layers), *(layer.b for layer in layers), *plan.tensors)
+        x, plan, *keep, *(layer.W if isinstance(layer.W, Tensor) else None for layer in layers),
+        *(layer.b for layer in layers), *plan.tensors)
     return outputs
 
 
@@ -76,7 +81,8 @@ def reference(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group]) -> t
     x_TI = x.reshape(-1, x.shape[-1])
     outputs = []
     for i, layer in enumerate(layers):
-        y_TO = x_TI.new_zeros(len(x_TI), layer.outputs) if layer.W is None else F.linear(x_TI, layer.W, layer.b)
+        W_OI = layer.W.packed.dense(x.dtype) if isinstance(layer.W, Stripped) else layer.W
+        y_TO = x_TI.new_zeros(len(x_TI), layer.outputs) if W_OI is None else F.linear(x_TI, W_OI, layer.b)
         for group in groups:
             own = group.factors[i]
             if own is not None:
@@ -92,6 +98,7 @@ class _Plan:
 
     def __init__(self, groups: Sequence[Group], layers: Sequence[Frozen], shape: torch.Size) -> None:
         self.outputs = [layer.outputs for layer in layers]
+        self.packed = [layer.W if isinstance(layer.W, Stripped) else None for layer in layers]
         self.spans = [(g.start, g.stop) for g in groups]
         self.kept = [1.0 - g.dropout for g in groups]
         self.parts = [[(i, f.scale) for i, f in enumerate(g.factors) if f is not None] for g in groups]
@@ -124,8 +131,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
         keep, W, b, factors = _parts(plan, flat)
         x_TI = x.reshape(-1, x.shape[-1])
-        y = [x_TI.new_zeros(len(x_TI), outputs) if W_OI is None else
-             x_TI @ W_OI.t() if bias is None else torch.addmm(bias, x_TI, W_OI.t())
+        y = [x_TI.new_zeros(len(x_TI), outputs) if W_OI is None else product(x_TI, W_OI, bias)
              for W_OI, bias, outputs in zip(W, b, plan.outputs, strict=True)]
         if plan.stacks:
             H = _Stacks(plan, factors, x.dtype).forward(x_TI, y)
@@ -166,11 +172,15 @@ class _GroupedLinear(torch.autograd.Function):
         return tuple(nothing)
 
 
-def _through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | None], x_TI: Tensor) -> Tensor:
+def _through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | None], x_TI: Tensor) -> Tensor:
     """Σ gᵢ Wᵢ, of all tokens; zeros where no frozen product is part of the node."""
     dx_TI: Tensor | None = None
     for g_TO, W_OI in zip(g, W, strict=True):
-        if g_TO is not None and W_OI is not None:
+        if g_TO is None or W_OI is None:
+            continue
+        if isinstance(W_OI, Stripped):
+            dx_TI = W_OI.add_transposed(g_TO, dx_TI)
+        else:
             dx_TI = g_TO @ W_OI if dx_TI is None else dx_TI.addmm_(g_TO, W_OI)
     return torch.zeros_like(x_TI) if dx_TI is None else dx_TI
 
@@ -253,7 +263,8 @@ def _parts(plan: _Plan, flat: Sequence[Tensor | None]) -> tuple[Any, Any, Any, A
     """Masks, all W, all b and the factors, from the node's list."""
     groups, layers = len(plan.spans), len(plan.outputs)
     edges = (0, *accumulate((groups, layers, layers)), len(flat))
-    masks, W, b, factors = (flat[a:z] for a, z in pairwise(edges))
+    masks, plain, b, factors = (flat[a:z] for a, z in pairwise(edges))
+    W = [W_OI if packed is None else packed for W_OI, packed in zip(plain, plan.packed, strict=True)]
     return masks, W, b, factors
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from deltaw.errors import ConfigError, Fault, near
 
 ALL_LINEAR = "all-linear"
+LOFTQ_ITER, LOFTQ_BITS = "loftq_iter", "loftq_bits"
+_NITER = re.compile(r"pissa_niter_([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,11 @@ class LoraConfig:
     """Train biases too: none, all of the model's, or those of the adapted modules only."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full and stored with the adapter, such as a classification head."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r. False: both random (for tests)."""
+    init_lora_weights: bool | str = True
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r. "pissa", or "pissa_niter_16" by a
+    faster SVD: the weight's principal part. "loftq": what packing the weight lost. False: both random (for tests)."""
+    loftq_config: Mapping[str, int] = field(default_factory=dict)
+    """Of "loftq": {"loftq_iter": 5} alternates five times between packing and SVD instead of once."""
     task_type: str | None = None
     """PEFT's task name, such as "CAUSAL_LM" or "SEQ_CLS"; stored, and used to find a classification head."""
 
@@ -72,7 +77,7 @@ class LoraConfig:
         slices = {k: v if isinstance(v, str) else tuple((int(a), int(b)) for a, b in v)
                   for k, v in dict(self.target_slices).items()}
         object.__setattr__(self, "target_slices", slices)
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         faults = list(_faults(self))
         if faults:
@@ -93,6 +98,24 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values; `from_dict` of it gives an equal config."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether new factors are worked out from the base's weights, as PiSSA's and LoftQ's are."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """Power iterations of "pissa_niter_16"; None for an exact SVD."""
+        found = _NITER.fullmatch(str(self.init_lora_weights))
+        return None if found is None else int(found[1])
+
+    def as_difference(self) -> LoraConfig:
+        """The config of the stored change s·(BA - B₀A₀): twice the rank at the same scale."""
+        grows = 2**0.5 if self.use_rslora else 2
+        return replace(self, r=2 * self.r, lora_alpha=grows * self.lora_alpha, init_lora_weights=True, loftq_config={},
+                       rank_pattern={site: 2 * rank for site, rank in self.rank_pattern.items()},
+                       alpha_pattern={site: grows * alpha for site, alpha in self.alpha_pattern.items()})
 
     def rank_at(self, site: str) -> int:
         """The rank at a site: `rank_pattern`'s first match, else `r`."""
@@ -154,8 +177,13 @@ def _faults(config: LoraConfig) -> list[Fault]:
     check(isinstance(config.lora_dropout, (int, float)) and 0 <= config.lora_dropout < 1, "lora_dropout",
           config.lora_dropout, "0 <= p < 1")
     check(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
-    check(config.init_lora_weights in (True, False, "gaussian"), "init_lora_weights", config.init_lora_weights,
-          'True, False or "gaussian"')
+    init = config.init_lora_weights
+    check(isinstance(init, bool) or init in ("gaussian", "pissa", "loftq") or _NITER.fullmatch(str(init)) is not None,
+          "init_lora_weights", init, 'True, False, "gaussian", "pissa", "pissa_niter_<number>" or "loftq"',
+          near(str(init), ("gaussian", "pissa", "loftq")))
+    check(set(config.loftq_config) <= {LOFTQ_ITER, LOFTQ_BITS} and all(
+        type(value) is int and value >= 1 for value in config.loftq_config.values()), "loftq_config",
+        config.loftq_config, "{'loftq_iter': a whole number >= 1}")
     empty = not (config.target_modules or config.target_parameters or config.modules_to_save)
     check(not empty, "target_modules", config.target_modules, "at least one target", 'Use "all-linear" for all')
     for name in ("target_modules", "exclude_modules"):

@@ -10,6 +10,9 @@ Plain autograd makes a node of each product, and a tensor as large as x or y for
                 dx = Σ gᵢ Wᵢ + dH [A₁; A₂; …]  every product added to the same tensor
                 dA = dHᵀ x',  dBᵢ = sᵢ·gᵢᵀ Hᵢ
 
+A quantized W is unpacked a strip of rows at a time, in the forward and once more in the backward, into one buffer for
+all layers; each strip is multiplied while it is in the cache.
+
 x is kept once, and neither BA nor any other matrix of W's size is made, except where the rank is so high that the
 gradient of all of W is the shorter way to dA and dB (`gradient_of_weight_is_shorter`, after RunLoRA, arXiv 2312.03415).
 No gradient is computed that nobody asked for. `reference` is the same in plain operations.
@@ -25,12 +28,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.core.methods import lora
+from deltaw.core.packed import Packed, Workspace
+
+
+class Stripped(NamedTuple):
+    """A quantized W (O, I), and the memory to unpack it in."""
+
+    packed: Packed
+    workspace: Workspace
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)"""
+        return self.packed.shape
+
+    def product(self, x_NI: Tensor, b: Tensor | None) -> Tensor:
+        """x Wᵀ + b"""
+        y_NO = x_NI.new_empty(len(x_NI), self.shape[0])
+        for rows, W_RI in self.packed.strips(x_NI.dtype, self.workspace):
+            part = y_NO[:, rows]
+            if b is None:
+                torch.mm(x_NI, W_RI.t(), out=part)
+            else:
+                torch.addmm(b[rows], x_NI, W_RI.t(), out=part)
+        return y_NO
+
+    def add_transposed(self, g_NO: Tensor, dx_NI: Tensor | None) -> Tensor:
+        """dx + g W, in dx's memory where there is a dx."""
+        if torch.is_grad_enabled():  # a second derivative keeps W, so it cannot lie in memory that is used again
+            dense = g_NO @ self.packed.dense(g_NO.dtype)
+            return dense if dx_NI is None else dx_NI.add_(dense)
+        for rows, W_RI in self.packed.strips(g_NO.dtype, self.workspace):
+            dx_NI = g_NO[:, rows] @ W_RI if dx_NI is None else dx_NI.addmm_(g_NO[:, rows], W_RI)
+        assert dx_NI is not None  # a weight has rows
+        return dx_NI
 
 
 class Projection(NamedTuple):
     """One linear layer over x: frozen W (O, I) in x's dtype and b (O,) or None, with A (R, I), B (O, R) and s."""
 
-    W: Tensor
+    W: Tensor | Stripped
     b: Tensor | None
     A: Tensor
     B: Tensor
@@ -50,9 +87,17 @@ def low_rank_linear(x: Tensor, projections: Sequence[Projection], dropout: float
     return outputs
 
 
+def frozen_linear(x: Tensor, W: Stripped, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b (..., O) of a frozen quantized layer; W is not kept unpacked for the backward pass."""
+    y: Tensor = _FrozenLinear.apply(x, W, b)  # type: ignore[no-untyped-call]
+    return y
+
+
 def reference(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """What `low_rank_linear` computes, without dropout, one plain operation after another."""
-    return tuple(lora.add_low_rank(F.linear(x, p.W, p.b), x, p.A, p.B, p.scale) for p in projections)
+    dense = [p.W.packed.dense(x.dtype) if isinstance(p.W, Stripped) else p.W for p in projections]
+    return tuple(lora.add_low_rank(F.linear(x, W, p.b), x, p.A, p.B, p.scale)
+                 for W, p in zip(dense, projections, strict=True))
 
 
 def gradient_of_weight_is_shorter(tokens: int, inputs: int, outputs: int, rank: int) -> bool:
@@ -70,19 +115,20 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor | None, kept: float, scales: tuple[float, ...],
-                *flat: Tensor | None) -> tuple[Tensor, ...]:
+                *flat: Any) -> tuple[Tensor, ...]:
         W, b, A, B = _columns(flat)
         x_NI = x.reshape(-1, x.shape[-1])
         H = _dropped(x_NI, keep, kept) @ _stack(A, x.dtype).t()
         outputs, start = [], 0
         for i, scale in enumerate(scales):
-            y_NO = x_NI @ W[i].t() if b[i] is None else torch.addmm(b[i], x_NI, W[i].t())
+            y_NO = product(x_NI, W[i], b[i])
             h_NR = H[:, start:start + A[i].shape[0]]
             y_NO.addmm_(h_NR, B[i].to(x.dtype).t(), alpha=scale)
             outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[-1]))
             start += A[i].shape[0]
-        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, *W, *A, *B)
-        ctx.kept, ctx.scales = kept, scales
+        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None,
+                              *(None if isinstance(w, Stripped) else w for w in W), *A, *B)
+        ctx.kept, ctx.scales, ctx.stripped = kept, scales, [w if isinstance(w, Stripped) else None for w in W]
         ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size
         return tuple(outputs)
 
@@ -92,7 +138,9 @@ class _LowRankLinear(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (4 + 4 * count)
         x, keep, H, *rest = ctx.saved_tensors
-        W, A, B = rest[:count], rest[count:2 * count], rest[2 * count:]
+        W = [tensor if stripped is None else stripped
+             for tensor, stripped in zip(rest[:count], ctx.stripped, strict=True)]
+        A, B = rest[count:2 * count], rest[2 * count:]
         x_NI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         wanted = [ctx.needs_input_grad[4 + i] for i in range(4 * count)]
@@ -120,13 +168,37 @@ class _LowRankLinear(torch.autograd.Function):
         return (dx, None, None, None, *flat)
 
 
-def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tensor | None], W: Sequence[Tensor],
-                   dH: Tensor, A: Tensor) -> Tensor:
+class _FrozenLinear(torch.autograd.Function):
+    """A quantized layer alone: y = x Wᵀ + b, dx = g W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Stripped, b: Tensor | None) -> Tensor:
+        ctx.W = W
+        return W.product(x.reshape(-1, x.shape[-1]), b).view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        g, = grads
+        dx = ctx.W.add_transposed(g.reshape(-1, g.shape[-1]), None)
+        return dx.view(*g.shape[:-1], ctx.W.shape[1]), None, None
+
+
+def product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b"""
+    if isinstance(W, Stripped):
+        return W.product(x_NI, b)
+    return x_NI @ W.t() if b is None else torch.addmm(b, x_NI, W.t())
+
+
+def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tensor | None],
+                   W: Sequence[Tensor | Stripped], dH: Tensor, A: Tensor) -> Tensor:
     dx_NI: Tensor | None = None
     if keep is not None:
         dx_NI = _dropped(dH @ A, keep, kept)
     for g_NO, W_OI in zip(g, W, strict=True):
-        if g_NO is not None:
+        if g_NO is not None and isinstance(W_OI, Stripped):
+            dx_NI = W_OI.add_transposed(g_NO, dx_NI)
+        elif g_NO is not None:
             dx_NI = g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
     assert dx_NI is not None  # one of the outputs has a gradient
     return (dx_NI if keep is not None else dx_NI.addmm_(dH, A)).view(x.shape)
@@ -165,7 +237,8 @@ def _through_weight(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tensor
     return dA, dB
 
 
-def _columns(flat: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Sequence[Tensor]]:
+def _columns(flat: Sequence[Any]) -> tuple[Sequence[Tensor | Stripped], Sequence[Any], Sequence[Tensor],
+                                           Sequence[Tensor]]:
     """W, b, A and B of all projections, from W, b, A, B of each in turn."""
     return flat[0::4], flat[1::4], flat[2::4], flat[3::4]
 

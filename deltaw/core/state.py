@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from deltaw.core.packed import Workspace
 from deltaw.errors import Fault, RoutingError
 
 
@@ -108,6 +109,8 @@ class SwitchState:
     """One adapter for each row of the batch."""
     compute_dtype: torch.dtype | None = None
     """Dtype of the low-rank products; None is the activation's own."""
+    workspace: Workspace = field(default_factory=Workspace)
+    """Where quantized weights are unpacked, one strip after another, for all layers."""
 
     @contextmanager
     def only(self, name: str | None) -> Iterator[None]:

@@ -4,7 +4,8 @@
 """
 
 from deltaw.data.collate import collate, pack
-from deltaw.data.examples import EncodedData, EncodeStats, Example, LabelledExample, Prompt, load_data
+from deltaw.data.columns import EncodeStats
+from deltaw.data.examples import EncodedData, Example, LabelledExample, Prompt, load_data
 from deltaw.data.read import available_splits, open_source
 from deltaw.data.rows import Chat, Labelled, Message, PromptCompletion, Text
 from deltaw.data.source import Row, Source

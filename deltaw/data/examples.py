@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaw.bases.template import require_template
+from deltaw.data.cache import TokenCache, Tokens
+from deltaw.data.columns import Columns, EncodeStats
 from deltaw.data.encode import ANSWER, LEARNT, Encoder
 from deltaw.data.labels import Classes
-from deltaw.data.read import open_source
+from deltaw.data.read import files_of, open_source
 from deltaw.data.rows import Chat, Labelled, Layout, Parsed, PromptCompletion, find_layout, parse
 from deltaw.data.source import FaultLog, Row, Source
 from deltaw.data.tokens import Column
@@ -69,49 +71,20 @@ class Prompt:
     """The file and line it came from."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeStats:
-    """What became of the rows."""
-
-    rows: int
-    """Rows that were read."""
-    examples: int
-    """Examples that were made; a long text makes several."""
-    dropped_no_supervision: int
-    """Examples left out because truncation took every token that would be learnt."""
-    truncated: int
-    """Examples, of those kept, that lost tokens to `max_length`."""
-    supervised_tokens: int
-    """Tokens that the loss counts; for a classifier, the examples."""
-    tokens: int
-    """All tokens kept."""
-    longest: int
-    """Tokens of the longest example."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """Everything about the examples but their rows."""
-
-    ids: NDArray[np.int32]
-    marks: NDArray[np.uint8]
-    ends: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    classes: NDArray[np.int64] | None
-
-
 class EncodedData:
     """Tokenised examples by number; made by `load_data`."""
 
-    def __init__(self, source: Source, encoder: Encoder, columns: _Columns, stats: EncodeStats,
-                 label_names: tuple[str, ...] | None, layout: Layout) -> None:
+    def __init__(self, source: Source, encoder: Encoder, layout: Layout, tokens: Tokens, *,
+                 from_cache: bool = False) -> None:
         self.source = source
         self.encoder = encoder
-        self.stats = stats
-        self.label_names = label_names
+        self.stats = tokens.stats
+        self.label_names = tokens.label_names
         self.shape = layout.shape
+        self.from_cache = from_cache
+        """Whether the tokens were found on disk."""
         self._layout = layout
-        self._columns = columns
+        self._columns = tokens.columns
 
     def __len__(self) -> int:
         return len(self._columns.ends)
@@ -170,13 +143,15 @@ def load_data(
     task: Literal["causal-lm", "seq-cls"] = "causal-lm", split: str = "train",
     columns: Mapping[str, str] | None = None, max_length: int | None = None, model_limit: int | None = None,
     train_on: Literal["completion", "all"] = "completion", template: Literal["auto", "none"] = "auto",
-    labels: Sequence[str] | None = None, on_progress: Callable[[int, int], None] | None = None,
+    labels: Sequence[str] | None = None, cache: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedData:
     """The examples at `path`, tokenised: a file, a folder, a Hub data set id, an open source or rows in memory.
 
     `columns` maps fields to the data's columns. `max_length` cuts examples and is by default `model_limit`, the most
     that the model takes (`Base.max_positions`). `labels` names the classes; without it they are collected from the
-    rows. `on_progress(done, total)` is called after each chunk. Raises `DataError` with every bad row (twenty are
+    rows. With `cache` the tokens of larger files are kept for the next time (`deltaw.data.cache`).
+    `on_progress(done, total)` is called after each chunk. Raises `DataError` with every bad row (twenty are
     listed), `BaseModelError` for chat rows without a chat template, and `ConfigError` for options that do not fit.
 
     >>> data = load_data("train.jsonl", tokenizer=base.tokenizer, max_length=512)              # doctest: +SKIP
@@ -191,16 +166,23 @@ def load_data(
     layout = find_layout(source, columns, task=task)
     if layout.shape in ("chat", "conversations"):
         require_template(tokenizer)
-    classes = Classes(labels or source.label_names) if task == "seq-cls" else None
-    builder = _Builder(encoder, classes)
+    named = labels or source.label_names
+    files = files_of(path, split) if cache and not isinstance(path, Source) else []
+    kept = TokenCache(files, encoder, layout, None if named is None else list(named))
+    tokens = kept.read(len(source))
+    if tokens is not None:
+        return EncodedData(source, encoder, layout, tokens, from_cache=True)
+    builder = _Builder(encoder, Classes(named) if task == "seq-cls" else None)
     try:
         for start in range(0, len(source), _CHUNK):
             builder.add(source.read(start, start + _CHUNK), layout, start)
             if on_progress is not None:
                 on_progress(min(start + _CHUNK, len(source)), len(source))
-        return builder.finish(source, layout)
+        tokens = builder.finish(source.name)
     finally:
         builder.close()
+    kept.write(tokens)
+    return EncodedData(source, encoder, layout, tokens)
 
 
 class _Builder:
@@ -255,17 +237,17 @@ class _Builder:
         self._ends.append(self._tokens)
         self._rows.append(row)
 
-    def finish(self, source: Source, layout: Layout) -> EncodedData:
-        """The data set, when every row was good and something is left to learn."""
+    def finish(self, name: str) -> Tokens:
+        """All tokens, when every row of the data of this name was good and something is left to learn."""
         self._log.raise_if_any()
         if not len(self._ends):
-            raise DataError(Fault(source.name, f"truncation to {self._encoder.max_length} tokens removed every token "
+            raise DataError(Fault(name, f"truncation to {self._encoder.max_length} tokens removed every token "
                                   f"to learn from all {self._dropped} examples", "a longer max_length",
                                   "Raise max_length, or shorten the prompts"))
-        names, numbers = self._classes.finish(source.name) if self._classes is not None else (None, None)
+        names, numbers = self._classes.finish(name) if self._classes is not None else (None, None)
         stats = EncodeStats(rows=self._read, examples=len(self._ends), dropped_no_supervision=self._dropped,
                             truncated=self._truncated, supervised_tokens=self._supervised, tokens=self._tokens,
                             longest=self._longest)
-        stored = _Columns(self._ids.finish(), self._marks.finish(), np.array(self._ends, np.int64),
+        stored = Columns(self._ids.finish(), self._marks.finish(), np.array(self._ends, np.int64),
                           np.array(self._rows, np.int64), numbers)
-        return EncodedData(source, self._encoder, stored, stats, names, layout)
+        return Tokens(stored, stats, names)

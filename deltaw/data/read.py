@@ -55,6 +55,14 @@ def open_source(path: str | Path | Sequence[Mapping[str, Any]], split: str = "tr
     return HubTable(name, split)
 
 
+def files_of(path: str | Path | Sequence[Mapping[str, Any]], split: str = "train") -> list[Path]:
+    """The files on this machine that hold a split at `path`, in order; none of a Hub data set or rows in memory."""
+    place = Path(path).expanduser() if isinstance(path, (str, Path)) else Path()
+    if not isinstance(path, (str, Path)) or not place.exists():
+        return []
+    return [place] if place.is_file() else _split_files(place).get(_canonical(split), [])
+
+
 def available_splits(path: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Which of train, valid and test there are at `path`; a file or rows in memory are the train split alone.
 

@@ -68,7 +68,8 @@ def resolve(config: LoraConfig, model: nn.Module, sites: SiteMap, *, made_before
     if faults:
         raise TargetError(*faults)
     targets = [_target(config, site) for site in chosen.values()]
-    _warn_of_high_ranks(targets)
+    if not made_before:
+        _warn_of_high_ranks(targets)
     plain = [_bias_sites(config, chosen, sites), (saved_site(name, sites.modules[name]) for name in saved)]
     return targets + [Target(site, 0, 0.0, 1.0) for group in plain for site in group]
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.bases import packed
+from deltaw.bases.packed import Packed
 from deltaw.errors import BaseModelError, Fault
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,6 +40,10 @@ class Stored:
     begin: int
     """Offset of its first byte in the file."""
     end: int
+    parts: tuple[Stored, ...] = ()
+    """What it is packed into, where a quantizer has packed it: `dtype` and `shape` are then those of its values."""
+    transposed: bool = False
+    """It was turned before it was packed."""
 
     @property
     def is_float(self) -> bool:
@@ -57,7 +63,10 @@ class Checkpoint:
     """The parsed index of a checkpoint in several files."""
 
     def read(self, stored: Stored) -> Tensor:
-        """One tensor, in memory of its own."""
+        """One tensor, in memory of its own; of a packed one, its values."""
+        if stored.parts:
+            values = self.read_packed(stored).values().to(DTYPES[stored.dtype])
+            return values.t().contiguous() if stored.transposed else values
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         with (self.folder / stored.file).open("rb", buffering=0) as file:
             file.seek(stored.begin)
@@ -68,6 +77,11 @@ class Checkpoint:
                     raise BaseModelError(Fault(str(self.folder / stored.file), "became shorter while it was read"))
                 view = view[count:]
         return tensor
+
+    def read_packed(self, stored: Stored) -> Packed:
+        """A packed tensor as it is."""
+        module = len(stored.name) - len(packed.WEIGHT)
+        return packed.from_parts({part.name[module:]: self.read(part) for part in stored.parts}, DTYPES[stored.dtype])
 
 
 def as_bytes(tensor: Tensor) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,18 +21,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deltaw import bases, store
+from deltaw import __version__, bases, store
 from deltaw.bases import gguf
 from deltaw.bases.sources import find_base, read_config
 from deltaw.core import Adapter
-from deltaw.errors import BaseMismatchError, BaseModelError, Fault, StateError
-from deltaw.merge.apply import SiteChange, Writer
+from deltaw.core.survival import LEAST_SURVIVAL, SiteChange, survival, worst
+from deltaw.errors import BaseMismatchError, BaseModelError, ConfigError, Fault, StateError, near
+from deltaw.merge.apply import Writer
 from deltaw.merge.checkpoint import Checkpoint, Stored, read_checkpoint
 from deltaw.merge.plan import Plan, make_plan
 from deltaw.merge.skeleton import Skeleton, build_skeleton, recorded_labels
-from deltaw.merge.target import copy_companions, new_folder, usable_target
+from deltaw.merge.target import RECORD, copy_companions, new_folder, usable_target
+from deltaw.merge.unpacked import METHOD, unpacked
 
+_WORST = 3
 BaseCheck = Literal["weights", "shapes", "not recorded", "skipped"]
+Into = Literal["16bit", "requantized"]
+INTO: tuple[Into, ...] = ("16bit", "requantized")
+Weights = Literal["original", "dequantized", "requantized"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,11 @@ class MergeReport:
     seconds: float
     base_check: BaseCheck
     """How it was checked that the adapter was made for this base: its sampled weights, or names and shapes only."""
+    weights: Weights
+    """What the change was added to: the folder's own floating-point weights, the values of its packed ones, or these
+    values and the sum packed again."""
+    quantization: str | None
+    """How the base's folder is packed ("nf4", ...); None for floating-point weights."""
     untied: bool
     """Whether tied weights got values of their own, so that the config says `tie_word_embeddings: false`."""
 
@@ -61,17 +72,24 @@ class MergeReport:
         return sum(change.changed for change in self.changes) / entries if entries else 0.0
 
     @property
+    def survived(self) -> float | None:
+        """The share of the change that survived packing, of all packed tensors together; None where none is packed."""
+        return survival(self.changes)
+
+    @property
     def largest(self) -> float:
         """The largest |ΔW| of all, before rounding."""
         return max((change.largest for change in self.changes), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "out_dir": str(self.out_dir), "changed": self.changed, "largest": self.largest}
+        return {**asdict(self), "out_dir": str(self.out_dir), "changed": self.changed, "largest": self.largest,
+                "survived": self.survived}
 
 
 def merge_files(model_dir: str | Path, adapter: Adapter | str | Path, out_dir: str | Path, *,
-                dtype: torch.dtype | str | None = None, any_base: bool = False, overwrite: bool = False,
+                into: Into | None = None, dtype: torch.dtype | str | None = None, any_base: bool = False,
+                overwrite: bool = False, least_survival: float = LEAST_SURVIVAL, force: bool = False,
                 progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Write the base with an adapter's change in its weights to a new folder; the report says what changed.
 
@@ -81,6 +99,12 @@ def merge_files(model_dir: str | Path, adapter: Adapter | str | Path, out_dir: s
     called with the bytes of weights written and their total. An existing model folder at `out_dir` is replaced only
     with `overwrite`; `any_base` skips the comparison of fingerprints.
 
+    A folder that bitsandbytes packed needs `into`: "16bit" writes floating-point weights, the values of the packed ones
+    with the change; "requantized" packs the sum again, in the base's own way, and measures which share of the change
+    survived. Below `least_survival` of all of it, by energy, this is refused unless `force`. For the best weights, give
+    the model as it was before it was packed; `MergeReport.weights`, and `deltaw_merge.json` in the folder, say which
+    were used.
+
     Raises BaseModelError, AdapterFileError, BaseMismatchError (names, shapes or weights of another base), StateError (a
     change that has no merged form, values that are not finite) and ConfigError (`out_dir`, `dtype`, a full disk).
 
@@ -88,26 +112,36 @@ def merge_files(model_dir: str | Path, adapter: Adapter | str | Path, out_dir: s
     """
     began = time.perf_counter()
     wanted = _dtype(dtype)
+    _check_options(into, wanted, least_survival)
     value = adapter if isinstance(adapter, Adapter) else store.load(adapter)
-    folder = _base_folder(str(model_dir), wanted)
+    folder = base_folder(str(model_dir), wanted)
     target = usable_target(Path(out_dir), folder, overwrite=overwrite)
-    config = _plain_config(folder, str(model_dir))
+    config = read_config(find_base(str(folder)))
+    method = _packed_by(config, str(model_dir), into)
     checkpoint = read_checkpoint(folder)
     skeleton = build_skeleton(folder, value)
+    if method:
+        checkpoint = unpacked(checkpoint, skeleton)
     if skeleton is not None:
         value = store.settle_parameters(value, skeleton.parameters_of)
     plan = make_plan(value, checkpoint, skeleton)
     if skeleton is None:
         _check_untied(config, plan)
-    check = _check_base(value, checkpoint, skeleton, plan, any_base=any_base)
-    writer = Writer(value, checkpoint, skeleton, plan, wanted, progress)
+    check = check_base(value, checkpoint, skeleton, plan, any_base=any_base)
+    weights: Weights = "original" if not method else "requantized" if into == "requantized" else "dequantized"
+    writer = Writer(value, checkpoint, skeleton, plan, wanted, progress, repack=weights == "requantized")
     with new_folder(target, writer.total) as new:
-        files = [*writer.write(new), *copy_companions(folder, new)]
-        text = json.dumps(_new_config(config, plan, skeleton, value, wanted), indent=2)
-        (new / "config.json").write_text(text + "\n", encoding="utf-8")
-    return MergeReport(out_dir=target, files=tuple(sorted([*files, "config.json"])), changes=tuple(writer.changes),
-                       tensors=len(plan.outputs), bytes=writer.total, seconds=time.perf_counter() - began,
-                       base_check=check, untied=plan.unties)
+        files = [*writer.write(new), *copy_companions(folder, new), "config.json", RECORD]
+        if not force:
+            _check_survival(writer.changes, least_survival)
+        report = MergeReport(out_dir=target, files=tuple(sorted(files)), changes=tuple(writer.changes),
+                             tensors=len(plan.outputs), bytes=writer.total, seconds=time.perf_counter() - began,
+                             base_check=check, weights=weights, quantization=method, untied=plan.unties)
+        if weights == "dequantized":
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
+        _write_json(new / "config.json", _new_config(config, plan, skeleton, value, wanted))
+        _write_json(new / RECORD, _record(report, str(model_dir)))
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
@@ -119,7 +153,7 @@ def _dtype(requested: torch.dtype | str | None) -> torch.dtype | None:
     return bases.choose_dtype(requested, "cpu")[0]
 
 
-def _base_folder(model: str, dtype: torch.dtype | None) -> Path:
+def base_folder(model: str, dtype: torch.dtype | None) -> Path:
     """The folder of the base's safetensors; of a GGUF file, its conversion (float32 unless asked otherwise)."""
     place = find_base(model)
     if place.gguf is None:
@@ -131,13 +165,50 @@ def _base_folder(model: str, dtype: torch.dtype | None) -> Path:
     return kept
 
 
-def _plain_config(folder: Path, source: str) -> dict[str, Any]:
-    config = read_config(find_base(str(folder)))
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "quantized")
-        raise BaseModelError(Fault(f"base '{source}'", f"is quantized ({method})", "floating-point weights",
+def _check_options(into: str | None, dtype: torch.dtype | None, least: float) -> None:
+    faults = []
+    if into not in (None, *INTO):
+        faults.append(Fault("into", f"got {into!r}", " or ".join(INTO), near(str(into), INTO)))
+    if into == "requantized" and dtype is not None:
+        faults.append(Fault("dtype", f"got {dtype}, which fits no packed weights", "into '16bit' with it",
+                            "Leave it out, or merge into 16bit"))
+    if not 0 <= least <= 1:
+        faults.append(Fault("least_survival", f"got {least}", "a share between 0 and 1"))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _packed_by(config: dict[str, Any], source: str, into: str | None) -> str | None:
+    """How the folder's weights are packed; None where they are plain numbers. Raises where `into` does not fit them."""
+    about = config.get("quantization_config")
+    if not about:
+        if into == "requantized":
+            raise ConfigError(Fault("into", "got 'requantized' for a base of plain numbers", "a base that bitsandbytes "
+                                    "packed", "Leave it out; to pack the result, quantize the merged model"))
+        return None
+    about = dict(about)
+    if about.get("quant_method", METHOD) != METHOD:
+        raise BaseModelError(Fault(f"base '{source}'", f"is quantized ({about['quant_method']})",
+                                   f"floating-point weights, or those that {METHOD} packed",
                                    "Merge into the base as it was before quantization, then quantize the result"))
-    return config
+    kind = "int8" if about.get("load_in_8bit") else str(about.get("bnb_4bit_quant_type", "nf4"))
+    if into is None:
+        raise BaseModelError(Fault(f"base '{source}'", f"is quantized ({METHOD} {kind})", "a choice of what to merge "
+                                   "into", "Pass into='16bit' (its dequantized weights) or into='requantized'; or "
+                                   "merge into the base as it was before quantization"))
+    return kind
+
+
+def _check_survival(changes: Sequence[SiteChange], least: float) -> None:
+    share = survival(changes)
+    if share is None or share >= least:
+        return
+    faults = [Fault("the merge", f"only {share:.1%} of the change survives rounding to the packed weights",
+                    f"at least {least:.0%}", "Merge into 16bit, or keep the adapter beside the base; force=True "
+                    "(--force) merges nevertheless")]
+    faults += [Fault(f"'{change.tensor}'", f"{change.survived:.1%} of its change survives") for change
+               in worst(changes, _WORST)]
+    raise StateError(*faults)
 
 
 def _check_untied(config: dict[str, Any], plan: Plan) -> None:
@@ -150,7 +221,7 @@ def _check_untied(config: dict[str, Any], plan: Plan) -> None:
                                "Merge in memory: deltaw.detach(model, merge=name), then model.save_pretrained(folder)"))
 
 
-def _check_base(adapter: Adapter, checkpoint: Checkpoint, skeleton: Skeleton | None, plan: Plan, *,
+def check_base(adapter: Adapter, checkpoint: Checkpoint, skeleton: Skeleton | None, plan: Plan, *,
                 any_base: bool) -> BaseCheck:
     """Compare the base's fingerprint with the adapter's; raises BaseMismatchError, says what could be compared."""
     recorded = adapter.facts.get("base")
@@ -184,7 +255,7 @@ def _on_disk(checkpoint: Checkpoint, skeleton: Skeleton) -> list[tuple[str, Tens
     found = []
     for name, empty in skeleton.parameters():
         on_disk = stored.get(name) or stored.get(skeleton.tied.get(name, name))
-        fits = on_disk is not None and on_disk.is_float and on_disk.shape == tuple(empty.shape)
+        fits = on_disk is not None and on_disk.is_float and not on_disk.parts and on_disk.shape == tuple(empty.shape)
         if on_disk is not None and fits:
             found.append((name, opened[on_disk.file].get_tensor(on_disk.name)))  # type: ignore[no-untyped-call]
         else:
@@ -211,6 +282,17 @@ def _new_config(config: dict[str, Any], plan: Plan, skeleton: Skeleton | None, a
                 "label2id": {label: number for number, label in labels.items()}}
         new.pop("num_labels", None)
     return new
+
+
+def _record(report: MergeReport, base: str) -> dict[str, Any]:
+    """What `deltaw_merge.json` says: which weights these are."""
+    return {"format": 1, "deltaw": __version__, "base": base, "weights": report.weights,
+            "quantization": report.quantization, "survived": report.survived,
+            "sites": {change.tensor: {"survived": change.survived, "lost": change.lost} for change in report.changes}}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_everywhere(config: dict[str, Any], keys: tuple[str, ...], value: object, *, default: str) -> None:

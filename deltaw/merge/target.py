@@ -15,7 +15,9 @@ from deltaw.errors import ConfigError, Fault
 from deltaw.merge.checkpoint import INDEX
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = {INDEX, "config.json", "adapter_config.json", "deltaw.json", "trainer_state.json"}
+RECORD = "deltaw_merge.json"
+"""What a merged folder says of its weights."""
+_NOT_COPIED = {INDEX, RECORD, "config.json", "adapter_config.json", "deltaw.json", "trainer_state.json"}
 _TEMPLATES = "additional_chat_templates"
 _STALE_S = 6 * 3600
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 16, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 32, 40
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve. `style` is a class of the page's style sheet: it gives the colour."""
+    """One curve. `style` is a class of the page's style sheet, which gives the colour: train, held, or s1 to s6."""
 
     name: str
     points: Sequence[Point]
@@ -57,7 +57,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
         parts.append(f'<polyline class="{line.style}" points="{path}"/>')
         if line.dots or len(places) == 1:
             parts += [f'<circle class="{line.style}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in places]
-    parts += [_legend(line, number) for number, line in enumerate(lines)]
+    parts += _legend(lines)
     return "\n".join([*parts, "</svg>"])
 
 
@@ -70,10 +70,14 @@ def smoothed(points: Sequence[Point], *, window: int) -> list[Point]:
     return means
 
 
-def _legend(line: Line, number: int) -> str:
-    x, y = _WIDTH - _RIGHT - 130, _TOP + 14 + 20 * number
-    return (f'<line class="{line.style}" x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}"/>'
-            f'<text class="legend" x="{x + 30}" y="{y}">{html.escape(line.name)}</text>')
+def _legend(lines: Sequence[Line]) -> list[str]:
+    """The names in a row above the plot, where no curve runs."""
+    parts, x = [], float(_LEFT)
+    for line in lines:
+        parts.append(f'<line class="{line.style}" x1="{x:.1f}" x2="{x + 22:.1f}" y1="14" y2="14"/>'
+                     f'<text class="legend" x="{x + 28:.1f}" y="18">{html.escape(line.name)}</text>')
+        x += 52 + 6.8 * len(line.name)
+    return parts
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

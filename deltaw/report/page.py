@@ -1,107 +1,91 @@
-"""One HTML page about a run that needs nothing else: no network, no script, readable in light and dark."""
+"""One HTML page that needs nothing but itself: no network, one inline script (sorting), light, dark and print.
+
+A page is put together from blocks, each of which is a text of HTML made by one function:
+
+    section(title, content, note=)           a headed part; nothing where it has no content
+    finding(text, ...)                       what a figure says, in plain words, beside it
+    figure(content, caption)                 a chart or a row of charts with its caption
+    side_by_side(contents)                   charts in a row that wraps
+    folded(summary, content)                 what only some readers want; printed as it stands
+    table(columns, rows, caption=)           `report.table`: sortable, figures on the right
+    line_chart(lines, ...)                   `report.chart`: curves
+    bar_chart(groups, ...)                   `report.bars`: shares and amounts by name
+    heat_map(values, ...)                    `report.heatmap`: a matrix of numbers from 0 to 1
+
+A verb's page is a function in a file of its own here (`training.py`, `analysis.py`) from the verb's result to
+`page(title, sections)`, and `write_page` puts it on disk. Texts given to a block are escaped by it; `content` is HTML.
+"""
 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from deltaw.errors import Fault, TrainingError
-from deltaw.report.chart import Line, Point, line_chart, smoothed
-from deltaw.train.result import TrainResult
-from deltaw.train.summary import cost_rows, figure_rows
+from deltaw.errors import ConfigError, Fault
 
-_STYLE = Path(__file__).with_name("page.css")
+_STYLE, _SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "sort.js"))
 
 
-def write_report(result: TrainResult, path: str | Path) -> Path:
-    """Write the page of a run and return its path; TrainingError where it cannot be written."""
+def page(title: str, sections: Iterable[str], *, footer: str = "", lead: str = "") -> str:
+    """The whole page; `sections` that are empty are left out, `lead` stands under the title."""
+    return "\n".join([
+        "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{escape(title)}</title>",
+        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>", "</head>", "<body>", "<main>",
+        f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>' if lead else "",
+        *(section for section in sections if section), f"<footer>{escape(footer)}</footer>", "</main>",
+        f"<script>\n{_SCRIPT.read_text(encoding='utf-8')}</script>", "</body>", "</html>", "",
+    ])
+
+
+def write_page(text: str, path: str | Path) -> Path:
+    """Write a page whole and return its path; ConfigError where it cannot be written."""
     target = Path(path).expanduser()
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(report_page(result), encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(target)
     except OSError as error:
-        raise TrainingError(Fault(f"report '{target}'", f"cannot be written: {error.strerror}", "a writable place",
-                                  "The adapter itself is saved")) from error
+        raise ConfigError(Fault(f"report '{target}'", f"cannot be written: {error.strerror}",
+                                "a writable place")) from error
     return target
 
 
-def report_page(result: TrainResult) -> str:
-    """The page as text."""
-    title = f"{Path(result.adapter).name}: an adapter of {Path(result.base).name or result.base}"
-    held_out = f"{result.data.get('valid_rows', 0):,} held-out rows"
-    sections = [
-        _section("Before and after", _table(("", "before", "after"), figure_rows(result), numeric=2), held_out),
-        _section("Loss", _loss_chart(result), "of the training steps, smoothed, and of the held-out rows"),
-        _section("Answers", _answers(result), "to held-out prompts, the likeliest token each time"),
-        _section("Cost", _table(("", ""), cost_rows(result))),
-        _section("What the doctor checked", _table(("", ""), list(result.checks.items()))),
-        _section("What the adapter changes", _folded(f"{len(result.sites)} sites", _sites(result))),
-        _section("Data", _table(("", ""), [(name.replace("_", " "), _plain(v)) for name, v in result.data.items()])),
-        _section("Config", _folded("every option", f"<pre>{_escape(json.dumps(result.config, indent=2))}</pre>")),
-    ]
-    made = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    return "\n".join([
-        "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{_escape(title)}</title>",
-        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>", "</head>", "<body>", "<main>",
-        f"<h1>{_escape(title)}</h1>", *(section for section in sections if section),
-        f"<footer>{_escape(made)}</footer>", "</main>", "</body>", "</html>", "",
-    ])
-
-
-def _loss_chart(result: TrainResult) -> str:
-    train = [(float(row["step"]), float(row["loss"])) for row in result.curve if row.get("event") == "step"]
-    held: list[Point] = [(float(row["step"]), float(row["loss"])) for row in result.curve if row.get("event") == "eval"]
-    window = max(1, len(train) // 25)
-    lines = [Line("training", smoothed(train, window=window), "train"), Line("held-out", held, "held", dots=True)]
-    return line_chart([line for line in lines if line.points], x_label="step", y_label="loss")
-
-
-def _answers(result: TrainResult) -> str:
-    rows = [(a.prompt, a.expected, a.before, a.after) for a in result.answers]
-    return _table(("prompt", "expected", "before", "after"), rows, text=True) if rows else ""
-
-
-def _sites(result: TrainResult) -> str:
-    rows = [(row.site, row.kind, " × ".join(map(str, row.shape)), str(row.rank or ""), f"{row.parameters:,}")
-            for row in result.sites]
-    return _table(("site", "kind", "base weight", "rank", "trained values"), rows)
-
-
-def _section(title: str, content: str, note: str = "") -> str:
+def section(title: str, content: str, note: str = "") -> str:
     """A headed part of the page; nothing where it has no content."""
     if not content:
         return ""
-    said = f'<p class="note">{_escape(note)}</p>' if note else ""
-    return f"<section>\n<h2>{_escape(title)}</h2>\n{said}\n{content}\n</section>"
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{said}\n{content}\n</section>"
 
 
-def _folded(summary: str, content: str) -> str:
-    return f"<details>\n<summary>{_escape(summary)}</summary>\n{content}\n</details>"
+def finding(*texts: str) -> str:
+    """Sentences that say what the figures beside them show, one paragraph each."""
+    return "".join(f'<p class="finding">{escape(text)}</p>\n' for text in texts if text)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: int = 0, text: bool = False) -> str:
-    """A table whose last `numeric` columns are figures; `text` keeps line breaks in cells."""
-    rows = list(rows)
-    if not rows:
-        return ""
-    first = len(head) - numeric
-    kinds = [' class="figure"' if column >= first else "" for column in range(len(head))]
-    body = "\n".join("<tr>" + "".join(f"<td{kind}>{_escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
-                     + "</tr>" for row in rows)
-    titles = "".join(f"<th{kind}>{_escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
-    top = f"<thead><tr>{titles}</tr></thead>\n" if any(head) else ""
-    return f'<div class="wide"><table{" class=text" if text else ""}>\n{top}<tbody>\n{body}\n</tbody></table></div>'
+def figure(content: str, caption: str) -> str:
+    """A chart with its caption; nothing where there is no chart."""
+    return f"<figure>\n{content}\n<figcaption>{escape(caption)}</figcaption>\n</figure>" if content else ""
 
 
-def _plain(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def side_by_side(contents: Sequence[str]) -> str:
+    """Blocks in a row, which wraps where the page is narrow."""
+    return '<div class="row">\n' + "\n".join(content for content in contents if content) + "\n</div>"
 
 
-def _escape(text: str) -> str:
+def heading(text: str) -> str:
+    """A heading within a section."""
+    return f"<h3>{escape(text)}</h3>"
+
+
+def folded(summary: str, content: str) -> str:
+    """Content behind a line that opens it; nothing where there is none."""
+    return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>" if content else ""
+
+
+def escape(text: object) -> str:
+    """Any text as HTML shows it."""
     return html.escape(str(text))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig
 from deltaw.errors import Fault, StateError
 from deltaw.inject import strip
@@ -15,7 +18,8 @@ from deltaw.switch.switchboard import Switchboard
 
 def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default", *, seed: int | None = None,
            trainable: bool | None = None, dtype: torch.dtype | None = torch.float32,
-           compute_dtype: torch.dtype | None = None, any_base: bool = False, partial: bool = False) -> Switchboard:
+           compute_dtype: torch.dtype | None = None, any_base: bool = False, partial: bool = False,
+           original: Source | None = None) -> Switchboard:
     """Freeze `model`, put a low-rank adapter on it in place, turn it on, and return the model's switchboard.
 
     The model keeps its class, its modules and its parameters' names. New factors are stored in `dtype` (float32, which
@@ -32,7 +36,8 @@ def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default
         raise StateError(Fault("attach()", "this model has a switchboard already", "a model without one",
                                "Use deltaw.board(model).add(name, ...)"))
     board = Switchboard(model, compute_dtype=compute_dtype)
-    board.add(name, adapter, seed=seed, trainable=trainable, dtype=dtype, any_base=any_base, partial=partial)
+    board.add(name, adapter, seed=seed, trainable=trainable, dtype=dtype, any_base=any_base, partial=partial,
+              original=original)
     board.freeze_base()
     board.use(name)
     # Past nn.Module's own registration: the board is no part of the network.
@@ -50,16 +55,19 @@ def board(model: nn.Module) -> Switchboard:
     return found
 
 
-def detach(model: nn.Module, *, merge: str | None = None) -> nn.Module:
+def detach(model: nn.Module, *, merge: str | None = None, **options: Any) -> nn.Module:
     """Take everything off again and return the model: same modules, same bits, same `requires_grad` as before `attach`.
 
     With `merge`, that adapter's change stays in the weights for good, in the base's dtype; the base's own are dropped.
+    `options` are those of `Switchboard.merge`, for a base that is packed.
     """
     held = board(model)
     if merge is not None:
-        held.keep_merged(merge)
-    elif held.merged_mix:
-        held.unmerge()
+        held.keep_merged(merge, **options)
+    else:
+        if held.merged_mix:
+            held.unmerge()
+        held.use(None)
     strip(model)
     pretrained.uninstall(model)
     held.thaw_base()

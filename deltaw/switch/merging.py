@@ -3,6 +3,9 @@
 Subtracting ΔW again would not give W₀ back in bf16 or fp16; keeping W₀ does, at the price of its memory while merged.
 A weight tied to another module's is untied for that time only. All new weights are computed and checked before the
 first one is put in place.
+
+A weight that bitsandbytes packed is merged only when asked for: W₀ + ΔW is packed again in the same way, which can
+round the change away. How much of it survived is measured, and too little is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.bases.packed import Packed, give_back, live, pack, read_packed, take_over
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating, parameter_owner, replace_parameter
-from deltaw.errors import Fault, StateError
+from deltaw.core.survival import SiteChange, change_of, survival, worst
+from deltaw.errors import ConfigError, Fault, StateError
 from deltaw.inject import Hosts
+
+REQUANTIZED = "requantized"
+_WORST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,8 @@ class Swap:
     host: str
     parameter: str
     tensor: Tensor
+    change: SiteChange | None = None
+    """What packing kept, where the weight is packed."""
 
 
 @dataclass(slots=True)
@@ -35,20 +45,30 @@ class Merged:
     mix: dict[str, float]
     before: dict[str, float]
     originals: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    layers: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+    """Packed layers, with what they knew of their own weight."""
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def plan_merge(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float]) -> list[Swap]:
+def plan_merge(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float], *, into: str | None = None,
+               least_survival: float | None = None) -> list[Swap]:
     """All merged weights of a mix, computed and checked; nothing is changed. `rest` is what stays on beside it."""
+    if into not in (None, REQUANTIZED):
+        raise ConfigError(Fault("merge(into=...)", f"got {into!r}", f"'{REQUANTIZED}'",
+                                "On disk there is also 16bit: deltaw.merge_files"))
     swaps: list[Swap] = []
     faults = _clashes(hosts, mix, rest)
     for host, layer in hosts.adapted.items():
         for parameter, slots in layer.changes(mix):
             base = layer.host.get_parameter(parameter)
-            fault = _cannot_merge(host, base, slots)
+            packed = read_packed(layer.host, base) if into == REQUANTIZED else None
+            fault = None if packed else _cannot_merge(host, base, slots)
             if fault is not None:
                 faults.append(fault)
+                continue
+            if packed is not None:
+                swaps.append(_packed_swap(_path(host, parameter), host, parameter, layer.host, packed, slots, faults))
                 continue
             merged = merged_weight(base, slots)
             if not _finite(merged, slots):
@@ -58,9 +78,34 @@ def plan_merge(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float]
     merged_already = {_path(swap.host, swap.parameter): swap.tensor for swap in swaps}
     swaps += [swap for host, holder in hosts.saved.items() for swap in _saved_swaps(host, holder.host, {
         name: (holder.copies[name], weight) for name, weight in mix.items() if name in holder.copies}, merged_already)]
+    faults += _too_little([swap.change for swap in swaps if swap.change is not None], least_survival)
     if faults:
         raise StateError(*faults)
     return swaps
+
+
+def _packed_swap(name: str, host: str, parameter: str, module: nn.Module, packed: Packed,
+                 slots: list[tuple[Slot, float]], faults: list[Fault]) -> Swap:
+    """The weight with its change, packed again as it was."""
+    before = packed.values()
+    wide = merged_weight(before, slots)
+    if not _finite(wide, slots):
+        faults.append(Fault(f"'{name}'", "the merged weight is not finite", "finite values", "The adapter is broken"))
+    again = pack(wide, packed.packing)
+    change = change_of(host, name, packed.packing.kind, base=before, wide=wide, stored=again.values(), packed=True)
+    return Swap(host, parameter, live(again, module), change)
+
+
+def _too_little(changes: list[SiteChange], least: float | None) -> list[Fault]:
+    """The faults of a change of which packing left less than this share, with the places where it left least."""
+    share = survival(changes)
+    if share is None or least is None or share >= least:
+        return []
+    found = [Fault("merge()", f"only {share:.1%} of the change survives rounding to the packed weights",
+                   f"at least {least:.0%}", "Keep the adapter unmerged, or merge into 16 bit on disk "
+                   "(deltaw.merge_files); force=True merges nevertheless")]
+    return found + [Fault(f"'{change.tensor}'", f"{change.survived:.1%} of its change survives")
+                    for change in worst(changes, _WORST)]
 
 
 def apply_merge(hosts: Hosts, swaps: list[Swap], merged: Merged) -> None:
@@ -69,7 +114,10 @@ def apply_merge(hosts: Hosts, swaps: list[Swap], merged: Merged) -> None:
         host = hosts.model.get_submodule(swap.host)
         owner, leaf = parameter_owner(host, swap.parameter)
         original = owner.get_parameter(leaf)
-        replace_parameter(owner, leaf, nn.Parameter(swap.tensor, requires_grad=False))
+        if swap.change is not None:
+            merged.layers.append((owner, take_over(owner, swap.tensor)))
+        replace_parameter(owner, leaf, swap.tensor if swap.change is not None else
+                          nn.Parameter(swap.tensor, requires_grad=False))
         merged.originals.append((owner, leaf, original))
 
 
@@ -80,6 +128,8 @@ def undo_merge(merged: Merged) -> None:
         if now.device != original.device:  # the model was moved while merged: the base follows, its bits stay
             original.data = original.data.to(now.device)
         replace_parameter(owner, leaf, original)
+    for owner, before in merged.layers:
+        give_back(owner, before)
 
 
 def merged_weight(base: Tensor, slots: list[tuple[Slot, float]]) -> Tensor:
@@ -116,7 +166,8 @@ def _clashes(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float]) 
 def _cannot_merge(host: str, base: Tensor, slots: list[tuple[Slot, float]]) -> Fault | None:
     if not floating(base):
         return Fault(f"'{host}'", f"its weight is quantized ({base.dtype})", "a floating-point weight",
-                     "Load the base unquantized to merge, or keep the adapter beside it")
+                     "Keep the adapter beside it; into='requantized' rounds the sum back to what the weight is packed "
+                     "in; or merge into 16 bit on disk: deltaw.merge_files")
     if base.is_meta:
         return Fault(f"'{host}'", "its weight is on the meta device", "a loaded weight", "Load the base first")
     for slot, _ in slots:

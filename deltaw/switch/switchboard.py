@@ -15,18 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from deltaw import bases, store
+from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig, SiteDelta
-from deltaw.core.layers import floating, share, watching
+from deltaw.core.layers import share, watching
 from deltaw.core.state import Route, SwitchState
+from deltaw.core.survival import LEAST_SURVIVAL, SiteChange
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
 from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
-from deltaw.switch import merging, values
+from deltaw.switch import merging, own_weights, values
 from deltaw.switch.describe import describe
 
 
@@ -42,6 +44,7 @@ class Switchboard:
         self._targets: dict[str, list[Target]] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._merged: merging.Merged | None = None
+        self._own = own_weights.OwnWeights()
         self._fingerprints: dict[tuple[str, ...], bases.Fingerprint] = {}
         self._trained_before: list[torch.Tensor] = []
 
@@ -63,13 +66,15 @@ class Switchboard:
         return dict(self._merged.mix) if self._merged else {}
 
     def add(self, name: str, adapter: LoraConfig | Adapter, *, seed: int | None = None, trainable: bool | None = None,
-            dtype: torch.dtype | None = torch.float32, any_base: bool = False, partial: bool = False) -> list[Target]:
+            dtype: torch.dtype | None = torch.float32, any_base: bool = False, partial: bool = False,
+            original: Source | None = None) -> list[Target]:
         """Attach another adapter, without switching to it; returns what it changes.
 
         A `LoraConfig` makes new factors (trainable; `seed` for a generator of their own, else torch's default one). An
         `Adapter` brings its tensors (frozen unless `trainable`). `dtype` is that of the stored factors, None keeps an
         adapter's own; products are computed in the activation's dtype. `any_base` skips the check that an adapter was
-        made for this base, `partial` allows sites of its config to be missing.
+        made for this base, `partial` allows sites of its config to be missing. `original` is the model before it was
+        quantized (a folder, a Hub id or a state dict), which "pissa" and "loftq" start from over packed weights.
 
         Raises TargetError, BaseMismatchError, StateError (the name is taken); nothing is attached then.
         """
@@ -79,7 +84,11 @@ class Switchboard:
             if isinstance(adapter, LoraConfig):
                 targets = resolve(config, self.model, self.site_map)
                 generator = None if seed is None else torch.Generator().manual_seed(seed)
-                placed = values.fresh(config, targets, self._hosts, dtype=dtype or torch.float32, generator=generator)
+                if config.starts_from_weights:
+                    self._check_unmerged("add")
+                with self._own.off():
+                    placed = values.fresh(config, targets, self._hosts, dtype=dtype or torch.float32,
+                                          generator=generator, original=original)
             else:
                 adapter = store.settle_parameters(adapter, self._parameter_names)
                 self._check_base(adapter, any_base)
@@ -91,6 +100,8 @@ class Switchboard:
                 self._hosts.keep(step.site, name, step.module)
             elif step.slot is not None:
                 self._hosts.put(step.site, name, step.slot)
+        self._own.keep(name, [(self.model.get_submodule(step.site.host), step.site.parameter, step.own_weight)
+                              for step in placed if step.own_weight is not None])
         self._configs[name], self._targets[name] = config, targets
         self._facts[name] = {} if isinstance(adapter, LoraConfig) else dict(adapter.facts)
         if trainable is not None:
@@ -106,6 +117,7 @@ class Switchboard:
         if self._state.route is not None and name in self._state.route.names:
             raise StateError(Fault(f"remove('{name}')", "rows are routed to it", "an adapter that is not routed",
                                    "Leave the route() block first"))
+        self._own.drop(name)
         self._hosts.drop(name)
         for record in (self._configs, self._targets, self._facts):
             del record[name]
@@ -122,6 +134,7 @@ class Switchboard:
             {name: float(weight) for name, weight in choice.items()}
         for name in mix:
             self._check_known(name)
+        self._own.wear(mix)
         self._state.mix = mix
 
     @contextmanager
@@ -131,7 +144,8 @@ class Switchboard:
         before = self._state.mix, self._state.route
         self._state.mix, self._state.route = {}, None
         try:
-            yield
+            with self._own.off():
+                yield
         finally:
             self._state.mix, self._state.route = before
 
@@ -152,20 +166,25 @@ class Switchboard:
                                    f"{len(names)} names"))
         for name in {n for n in names if n is not None}:
             self._check_known(name)
+        self._own.check_route(names)
         before = self._state.route
         self._state.route = Route(tuple(names), None if lengths is None else tuple(lengths), dict(generators or {}))
         try:
-            yield
+            with self._own.off():
+                yield
         finally:
             self._state.route = before
 
     # -- what is in the weights --------------------------------------------------------------------------------------
 
-    def merge(self, name: str | None = None) -> None:
+    def merge(self, name: str | None = None, *, into: Literal["requantized"] | None = None,
+              least_survival: float = LEAST_SURVIVAL, force: bool = False) -> tuple[SiteChange, ...]:
         """Put ΔW into the base's weights: of everything that is on, or of one adapter.
 
         One of several that are on keeps its weight in the mix, and the others stay on unmerged: the output does not
         change. One that is not on is switched to first. The base's own tensors are kept for `unmerge`.
+
+        Packed weights need `into` "requantized": what that keeps of each change is returned, too little refused.
         """
         self._check_unmerged("merge")
         if self._state.route is not None:
@@ -180,10 +199,14 @@ class Switchboard:
         if not mix:
             raise StateError(Fault("merge()", "nothing is on", "an adapter in use", "Name one, or call use() first"))
         rest = {n: w for n, w in before.items() if n not in mix} if name is None or name in before else {}
-        swaps = merging.plan_merge(self._hosts, mix, rest)
+        with self._own.worn(mix | rest):
+            swaps = merging.plan_merge(self._hosts, mix, rest, into=into,
+                                       least_survival=None if force else least_survival)
+        self._own.wear(mix | rest)
         self._merged = merging.Merged(mix, before)
         merging.apply_merge(self._hosts, swaps, self._merged)
         self._state.mix = rest
+        return tuple(swap.change for swap in swaps if swap.change is not None)
 
     def unmerge(self) -> None:
         """Give the base its own tensors back, to the bit, and turn on what was on before `merge`."""
@@ -191,23 +214,25 @@ class Switchboard:
             raise StateError(Fault("unmerge()", "nothing is merged", "a merged adapter", "Call merge() first"))
         merging.undo_merge(self._merged)
         self._state.mix, self._merged = self._merged.before, None
+        self._own.wear(self._state.mix)
 
     @contextmanager
-    def merged(self, name: str | None = None) -> Iterator[None]:
-        """`merge` for the length of the block, then `unmerge`."""
-        self.merge(name)
+    def merged(self, name: str | None = None, **options: Any) -> Iterator[None]:
+        """`merge`, with its options, for the length of the block, then `unmerge`."""
+        self.merge(name, **options)
         try:
             yield
         finally:
             self.unmerge()
 
-    def keep_merged(self, name: str) -> None:
+    def keep_merged(self, name: str, **options: Any) -> None:
         """Merge one adapter for good, with no undo. Tied weights that now differ are untied in the model's config."""
         if self._merged is not None:
             self.unmerge()
-        self.merge(name)
+        self.merge(name, **options)
         assert self._merged is not None
         merging.untie_config(self.model, self._merged)
+        self._own.settle(self._merged.originals)
         self._merged, self._state.mix = None, {}
 
     # -- the base ----------------------------------------------------------------------------------------------------
@@ -301,9 +326,7 @@ class Switchboard:
         recorded = adapter.facts.get("base")
         if any_base or not recorded:
             return
-        packed = any(not floating(p) for _, p in self._base_parameters())
-        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint(without=_saved(adapter.sites)),
-                              quantized=packed)
+        fault = bases.compare(bases.Fingerprint.from_dict(recorded), self.fingerprint(without=_saved(adapter.sites)))
         if fault is not None:
             raise BaseMismatchError(fault)
 

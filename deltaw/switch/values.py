@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.bases.original import Source, open_originals
 from deltaw.core import Adapter, Geometry, LoraConfig, SiteDelta
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating
 from deltaw.core.methods import lora
 from deltaw.errors import BaseMismatchError, Fault, near
 from deltaw.inject import Hosts, Site, SiteMap, Target, resolve, saved_site
+from deltaw.switch import starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,16 @@ class Placed:
     site: Site
     slot: Slot | None
     module: nn.Module | None = None
+    own_weight: nn.Parameter | None = None
+    """What the host's packed weight is replaced by while the adapter is on (LoftQ, PiSSA)."""
 
 
 def fresh(config: LoraConfig, targets: list[Target], hosts: Hosts, *, dtype: torch.dtype,
-          generator: torch.Generator | None) -> list[Placed]:
+          generator: torch.Generator | None, original: Source | None = None) -> list[Placed]:
     """New slots for each target, on the devices of their hosts."""
+    originals = None if original is None else open_originals(original)
+    if config.starts_from_weights:
+        starts.check(config, targets, hosts, originals)
     steps = []
     for target in targets:
         site = target.site
@@ -38,6 +45,10 @@ def fresh(config: LoraConfig, targets: list[Target], hosts: Hosts, *, dtype: tor
         base = hosts.model.get_submodule(site.host).get_parameter(site.parameter)
         if site.kind == "bias":
             steps.append(Placed(site, TrainedBias(site.geometry, base.detach().to(dtype, copy=True))))
+            continue
+        if config.starts_from_weights:
+            made = starts.start(config, target, hosts, dtype, generator, originals)
+            steps.append(Placed(site, made.slot, own_weight=made.own_weight))
             continue
         shape_A, shape_B = site.geometry.factor_shapes(target.rank)
         # A generator draws on its own device; that also makes a seed mean the same wherever the base is.
@@ -185,4 +196,5 @@ def read_back(name: str, hosts: Hosts, sites: Mapping[str, Site], config: LoraCo
         tensors = {k: t.detach().clone() for k, t in module.state_dict().items()}
         size = sum(p.numel() for p in module.parameters())
         ordered[host] = SiteDelta(Geometry(kind="saved", shape=(size,)), tensors)
-    return Adapter(config, ordered, dict(facts))
+    counted_from = any(isinstance(slot, LowRank) and slot.start_A is not None for _, _, slot in hosts.slots(name))
+    return Adapter(config.as_difference() if counted_from else config, ordered, dict(facts))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 from deltaw import bases
+from deltaw.core.packed import numbers_in
 from deltaw.train.examples import Examples
 
 
 def announce(base: bases.Base, examples: Examples) -> None:
     """Say what was loaded and what was left out."""
-    count = sum(p.numel() for p in base.model.parameters())
-    say(f"base {base.source}: {count / 1e6:,.1f} M parameters in {str(base.dtype).removeprefix('torch.')} "
-        f"({base.dtype_reason})")
+    count = sum(numbers_in(p) for p in base.model.parameters())
+    say(f"base {base.source}: {count / 1e6:,.1f} M parameters in {base.precision}")
     say(examples.describe())
 
 

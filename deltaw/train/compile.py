@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.inject.blocks import repeated_layers
+
 REPAID_AFTER = 900.0
 """Seconds of training from which on compiling is tried: about a minute of it against a tenth of the time saved."""
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that a network repeats: the members of its largest list of modules of one type."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    alike = [layers for layers in lists if len(layers) > 1 and len({type(layer) for layer in layers}) == 1]
-    return max(alike, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()), default=[])
 
 
 @contextmanager

@@ -11,15 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from deltaw.baselines.config import BaselineConfig, Method
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
 from deltaw.train.config_checks import faults_of
 from deltaw.train.figures import Metric, metric_name
+from deltaw.train.metrics import expand
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples")
+_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data", "plan")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
+_INNER: Mapping[str, type[LoraConfig] | type[BaselineConfig]] = {"lora": LoraConfig, "baseline": BaselineConfig}
+"""Fields that are configs themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,14 @@ class TrainConfig:
     """Learn from the answers only, or from every token."""
     valid: str | float | None = None
     """Held-out data: a file, or a fraction of the data; by default the data's own valid part, else 0.1."""
+    cache_data: bool = True
+    """Keep the tokens of larger data files in DELTAW_HOME, where the next run over the same data finds them."""
+    method: Method = "lora"
+    """What is trained: lora, or another method to compare it with."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The low-rank change to train."""
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    """Options of the other methods."""
     name: str = "default"
     """Name of the adapter."""
 
@@ -96,6 +106,10 @@ class TrainConfig:
     """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
     dtype: str = "auto"
     """Number format of the base: bf16, fp32, or auto (bf16 where the processor is fast at it)."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Store the base's linear layers in 4 or 8 bits while it is loaded (QLoRA): nf4, fp4 or int8."""
+    double_quant: bool = True
+    """With nf4 and fp4, pack the scales of the blocks too."""
     gradient_checkpointing: Literal["off", "layer", "attention"] = "off"
     """Save memory by computing activations twice: those of each layer, or of its attention only."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -110,9 +124,9 @@ class TrainConfig:
     eval_rows: int | None = 200
     """Held-out rows to evaluate on, the first ones; None for all."""
     metrics: tuple[str | Metric, ...] = ()
-    """exact_match, accuracy, f1, or from Python a function of (predictions, references)."""
+    """exact_match, accuracy, f1, and the others that `deltaw eval` has; or a function of (predictions, references)."""
     max_new_tokens: int = 64
-    """Longest answer, in tokens, that exact_match and the samples generate."""
+    """Longest answer, in tokens, that figures and samples generate."""
     samples: int = 3
     """Held-out examples answered before and after training, to look at."""
     keep_best: str | None = "loss"
@@ -130,18 +144,21 @@ class TrainConfig:
     """Steps within which every adapter tensor must get a gradient and move."""
     allow_unused: bool = False
     """Accept adapter tensors that no example reaches in these steps, such as those of rare experts."""
+    plan: Literal["refuse", "warn", "off"] = "refuse"
+    """Plan the run first, and refuse one that cannot fit in memory, only warn of it, or do not look."""
 
     def __post_init__(self) -> None:
-        lora: Any = self.lora
         faults: list[Fault | str] = []
-        if isinstance(lora, Mapping):
-            try:
-                object.__setattr__(self, "lora", LoraConfig.from_dict(lora))
-            except ConfigError as error:
-                faults.extend(error.faults)
+        for name, kind in _INNER.items():
+            value: Any = getattr(self, name)
+            if isinstance(value, Mapping):
+                try:
+                    object.__setattr__(self, name, kind.from_dict(value))
+                except ConfigError as error:
+                    faults.extend(error.faults)
         metrics: Any = self.metrics
         single = isinstance(metrics, str) or callable(metrics)
-        object.__setattr__(self, "metrics", (metrics,) if single else tuple(metrics))
+        object.__setattr__(self, "metrics", expand((metrics,) if single else tuple(metrics)))
         if isinstance(self.gradient_checkpointing, bool):
             object.__setattr__(self, "gradient_checkpointing", "layer" if self.gradient_checkpointing else "off")
         if isinstance(self.betas, Sequence):
@@ -156,14 +173,16 @@ class TrainConfig:
     def from_dict(cls, options: Mapping[str, Any]) -> TrainConfig:
         """The config with these options; unknown and missing keys are refused, all at once, with near matches."""
         known = {f.name for f in fields(cls)}
-        lora_fields = {f.name for f in fields(LoraConfig)}
+        inner = {f.name: name for name, kind in _INNER.items() for f in fields(kind)}
         faults = []
         for key in options:
-            if key in lora_fields and key not in known:
-                faults.append(Fault(f"TrainConfig option '{key}'", "is an option of the adapter", "it inside 'lora'"))
+            if key in inner and key not in known:
+                whose = "the adapter" if inner[key] == "lora" else "another method"
+                faults.append(Fault(f"TrainConfig option '{key}'", f"is an option of {whose}",
+                                    f"it inside '{inner[key]}'"))
             elif key not in known:
                 faults.append(Fault(f"TrainConfig option '{key}'", "is unknown", "an option of TrainConfig",
-                                    near(key, [*sorted(known), *sorted(lora_fields)])))
+                                    near(key, [*sorted(known), *sorted(inner)])))
         faults += [Fault(f"TrainConfig option '{key}'", "is missing", "a value")
                    for key in ("model", "data", "out") if key not in options]
         if faults:
@@ -173,7 +192,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values; a custom metric becomes its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"lora": self.lora.to_dict(), "columns": dict(self.columns), "betas": list(self.betas),
+        values |= {name: getattr(self, name).to_dict() for name in _INNER}
+        values |= {"columns": dict(self.columns), "betas": list(self.betas),
                    "metrics": [metric_name(metric) for metric in self.metrics]}
         return values
 
@@ -192,9 +212,9 @@ class TrainConfig:
         found = []
         for name in names:
             now, then = current[name], recorded.get(name)
-            if name == "lora" and isinstance(then, Mapping):
+            if name in _INNER and isinstance(then, Mapping):
                 inner = [key for key in now if now[key] != then.get(key)]
-                found += [Fault(f"TrainConfig.lora.{key}", f"got {now[key]!r}", _began_with(then.get(key)))
+                found += [Fault(f"TrainConfig.{name}.{key}", f"got {now[key]!r}", _began_with(then.get(key)))
                           for key in inner]
             else:
                 found.append(Fault(f"TrainConfig.{name}", f"got {now!r}", _began_with(then)))

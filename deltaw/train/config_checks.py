@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from deltaw.baselines.config import OPTIONS, BaselineConfig, trains_lora
 from deltaw.core import LoraConfig
 from deltaw.errors import Fault, near
-from deltaw.train.figures import METRICS, metric_name
+from deltaw.train.figures import metric_name
+from deltaw.train.metrics import METRICS, SETS
 
 if TYPE_CHECKING:
     from deltaw.train.config import TrainConfig
@@ -69,15 +71,34 @@ def faults_of(config: TrainConfig) -> list[Fault]:
                 "a file, 0 < fraction < 1, or nothing")
     checks.each("columns", lambda v: isinstance(v, dict), "a mapping of roles to columns")
     checks.each("lora", lambda v: isinstance(v, (LoraConfig, Mapping)), "a LoraConfig")
-    return checks.faults + _metric_faults(config)
+    checks.each("baseline", lambda v: isinstance(v, (BaselineConfig, Mapping)), "a BaselineConfig")
+    return checks.faults + _method_faults(config) + _metric_faults(config)
+
+
+def _method_faults(config: TrainConfig) -> list[Fault]:
+    """What does not go with the method that is trained."""
+    if config.method not in OPTIONS or not isinstance(config.baseline, BaselineConfig):
+        return []
+    found = config.baseline.faults(config.method)
+    for name, default in (("lora", LoraConfig()), ("freeze_a", False), ("loraplus_lr_ratio", 1.0)):
+        alone = name != "freeze_a" or config.method == "lora"
+        if getattr(config, name) != default and not (trains_lora(config.method) and alone):
+            found.append(Fault(f"TrainConfig.{name}", f"is given for method {config.method}", "a method with LoRA",
+                               "Leave it out"))
+    if config.baseline.prefix_form == "past" and config.gradient_checkpointing != "off":
+        found.append(Fault("TrainConfig.gradient_checkpointing", f"got {config.gradient_checkpointing!r}",
+                           "off with prefix_form past", "A layer that is computed again would lose the prefix; use "
+                           "prefix_form activations"))
+    return found
 
 
 def _metric_faults(config: TrainConfig) -> list[Fault]:
     """What is wrong with the metrics, and with what is judged by them."""
     faults = [Fault("TrainConfig.metrics", f"got {metric!r}", "of " + ", ".join(METRICS) + ", or a function",
-                    near(str(metric), METRICS))
+                    near(str(metric), (*METRICS, *SETS)))
               for metric in config.metrics if not callable(metric) and metric not in METRICS]
-    measured = ["loss", *(metric_name(m) for m in config.metrics)]
+    # METEOR is reported under another name where WordNet is missing, which is known only when it is computed.
+    measured = ["loss", *(metric_name(m) for m in config.metrics if m != "meteor")]
     if config.keep_best is not None and config.keep_best not in measured:
         faults.append(Fault("TrainConfig.keep_best", f"got {config.keep_best!r}", "one of " + ", ".join(measured),
                             near(str(config.keep_best), measured) or "Name it in metrics too"))

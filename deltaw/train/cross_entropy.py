@@ -3,8 +3,8 @@
     ℓ = (1-ε)·(lse(z) - z_t) + ε·(lse(z) - mean z) + ζ·lse(z)²        z = head(h), t the next token
 
 The logits of 1,024 tokens over a vocabulary of 49,152 take 200 MB, and plain autograd makes that four times. Here both
-the loss and its gradient are computed while a stretch's logits are at hand, in float32 or wider, in two buffers that
-all stretches use. For a frozen linear head the gradient is written out,
+the loss and its gradient are computed while a stretch's logits are at hand, in float32 or wider, in one buffer (or two,
+where logits are narrower) that all stretches use. For a frozen linear head the gradient is written out,
 
     dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,
 
@@ -25,6 +25,8 @@ from deltaw.core.layers import CHILD, AdaptedLinear
 
 STRETCH_VALUES = 1 << 24
 """Logits that exist at once: 64 MB of float32."""
+_BLOCK = 32
+"""Rows of a stretch whose logarithms are taken at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dh, *rest = (None if g is None else g * gradient.to(g.dtype) for g in ctx.gradients)
+        dh, *rest = (None if g is None else g.mul_(gradient) for g in ctx.gradients)  # in place: nobody else has them
         del ctx.gradients
         return (dh, None, None, None, *rest)
 
@@ -172,8 +174,10 @@ class _Sums:
                 z_NV += b_V
             column_N1 = targets_N.unsqueeze(1)
             z_target_N1 = z_NV.gather(1, column_N1).to(self.wide)
-            log_p_NV = self.buffer("log p", len(h_NI), len(W_VI), self.wide)
-            torch.log_softmax(z_NV, 1, dtype=self.wide, out=log_p_NV)
+            # Where dtypes allow, log p takes the place of the logits: block by block, since nothing may be both.
+            log_p_NV = z_NV if z_NV.dtype == self.wide else self.buffer("log p", len(h_NI), len(W_VI), self.wide)
+            for z, log_p in zip(torch.split(z_NV, _BLOCK), torch.split(log_p_NV, _BLOCK), strict=True):
+                log_p.copy_(z.log_softmax(1, dtype=self.wide))
             log_p_target_N1 = log_p_NV.gather(1, column_N1)
             lse_N1 = z_target_N1 - log_p_target_N1
             eps, zeta = self.terms.smoothing, self.terms.z_loss

@@ -1,4 +1,4 @@
-"""Answers of a causal language model: greedy text, and the log-likelihood of given ones."""
+"""Answers of a causal language model: greedy or beam-searched text, and the log-likelihood of given ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.bases import stop_tokens
+from deltaw.bases.load import taken_positions
 from deltaw.bases.quiet import quiet_transformers
+from deltaw.train.beams import Beams
 from deltaw.train.objective import IGNORED, CausalLoss
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64,
-             batch_size: int = 8, stop: Iterable[int] = ()) -> list[list[int]]:
+             batch_size: int = 8, stop: Iterable[int] = (), beams: Beams | None = None) -> list[list[int]]:
     """The tokens that follow each prompt when the likeliest is taken each time, up to and without a stop token.
 
-    Batches are padded on the left and share a key-value cache. `stop` adds to the stop tokens of model and tokenizer.
-    An answer ends early where the model has no positions left.
+    With `beams` the likeliest answer that beam search finds. Batches are padded on the left and share a key-value
+    cache. `stop` adds to the stop tokens of model and tokenizer. An answer ends early where the model has no positions
+    left.
     """
     ends = sorted({*stop, *stop_tokens(model, tokenizer, ())})
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -29,7 +33,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, ma
         room = min(max_new_tokens, _positions(model) - longest)
         if room < 1:
             continue
-        written = _continue(model, tokenizer, [prompts[i] for i in rows], longest, room, ends)
+        written = _continue(model, tokenizer, [prompts[i] for i in rows], longest, room, ends, beams or Beams())
         for i, tokens in zip(rows, written, strict=True):
             cut = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
             answers[i] = tokens[:cut]
@@ -51,7 +55,7 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            written = _continue(model, tokenizer, rows, longest, room, ends, temperature=temperature)
+            written = _continue(model, tokenizer, rows, longest, room, ends, Beams(), temperature=temperature)
     finally:
         model.train(was_training)
     cut = [tokens[:next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))]
@@ -87,19 +91,6 @@ def score_choices(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[i
     return scores
 
 
-def stop_tokens(model: Any, tokenizer: Any, tails: Iterable[Sequence[int]]) -> set[int]:
-    """The tokens that end an answer: those of model and tokenizer, and special ones that end these `tails` of examples.
-
-    Some chat templates end a turn with a token that neither the model's nor the tokenizer's settings name.
-    """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = {configured} if isinstance(configured, int) else set(configured or ())
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    special = set(tokenizer.all_special_ids)
-    return ends | {token for tail in tails for token in tail[-2:] if token in special}
-
-
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of these tokens, without special ones."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -111,7 +102,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, room: int,
-              ends: Sequence[int], *, temperature: float = 0.0) -> list[list[int]]:
+              ends: Sequence[int], beams: Beams, *, temperature: float = 0.0) -> list[list[int]]:
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -122,13 +113,31 @@ def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], long
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else \
         {"do_sample": False, "temperature": 1.0, "top_k": 50}
     how = GenerationConfig(max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=pad, top_p=1.0,
-                           repetition_penalty=1.0, num_beams=1, use_cache=True, **drawn)
+                           repetition_penalty=1.0, use_cache=True, num_beams=beams.num_beams,
+                           length_penalty=beams.length_penalty, **drawn)
     with torch.no_grad(), quiet_transformers():
-        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how)
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how,
+                                logits_processor=no_repeats(beams.no_repeat_ngram_size, longest))
     written: list[list[int]] = output[:, longest:].tolist()
     return written
 
 
+def no_repeats(size: int, prompt_length: int) -> Any:
+    """transformers' rule against repeated n-grams, for the answer alone: an answer may repeat its prompt's names."""
+    from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+    class OfAnswer(NoRepeatNGramLogitsProcessor):  # type: ignore[misc]  # transformers is not followed by the checker
+        """Looks at what follows the prompt only."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            """The scores, without what would repeat."""
+            ruled: Tensor = super().__call__(input_ids[:, prompt_length:], scores)
+            return ruled
+
+    return LogitsProcessorList([OfAnswer(size)] if size else [])
+
+
 def _positions(model: Any) -> int:
     """The longest sequence that the model's position table holds; a large number where it has none."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(stated or 1 << 30) - taken_positions(model)

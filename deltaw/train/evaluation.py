@@ -1,9 +1,11 @@
 """Held-out figures: loss, and how often the answers are right; for training and for `deltaw eval` alike.
 
     loss           mean over supervised tokens (rows, for a classifier)
-    exact_match    share of greedy answers that equal the expected text, white space around it apart
-    accuracy, f1   share, and mean F1 over classes, of right classes; a language model chooses, among the answers that
-                   occur in the data, the one with the largest Σ log p(token)
+    perplexity     exp of the loss
+    exact_match    share of answers that equal the expected text, white space around it apart
+    accuracy, ...  the figures of `metrics.CHOICE_METRICS`; a language model chooses, among the answers that occur in
+                   the data, the one with the largest Σ log p(token)
+    bleu, ...      the figures of `metrics.TEXT_METRICS`; rows with the same prompt are references of one input
     a function     of (predictions, references): texts, or class numbers for a classifier
 
 The model is used as it is: with whatever adapter is on, in evaluation mode.
@@ -11,6 +13,7 @@ The model is used as it is: with whatever adapter is on, in evaluation mode.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.bases import stop_tokens
 from deltaw.data import EncodedData, Example, LabelledExample, Prompt, collate
 from deltaw.errors import ConfigError, Fault
-from deltaw.train.decoding import decode, device_of, generate, score_choices, stop_tokens
+from deltaw.train.beams import Beams
+from deltaw.train.decoding import decode, device_of, generate, score_choices
 from deltaw.train.figures import Metric, metric_name
+from deltaw.train.metrics import CHOICE_METRICS, PERPLEXITY, TEXT_METRICS, expand, text_figure
+from deltaw.train.metrics.choices import accuracy, choice_figure
 from deltaw.train.objective import IGNORED, CausalLoss, ClassLoss
 
 MOST_CHOICES = 32
@@ -56,32 +63,40 @@ class EvalResult:
 
 
 def evaluate(model: nn.Module, tokenizer: Any, data: EncodedData, *, rows: Sequence[int] | None = None,
-             metrics: Sequence[str | Metric] = (), batch_size: int = 8, max_new_tokens: int = 64) -> EvalResult:
-    """Loss and metrics of `model` on the given rows of `data` (all by default).
+             metrics: Sequence[str | Metric] = (), batch_size: int = 8, max_new_tokens: int = 64,
+             beams: Beams | None = None) -> EvalResult:
+    """Loss and metrics of `model` on the given rows of `data` (all by default); `beams` is how answers are searched.
 
     Raises ConfigError where a metric does not fit the data.
     """
     began = time.perf_counter()
     chosen = list(range(len(data))) if rows is None else [int(row) for row in rows]
+    asked = expand(metrics)
+    metrics = [metric for metric in asked if metric != PERPLEXITY]
     with evaluating(model):
         if data.label_names is not None:
             loss, predictions = _classify(model, tokenizer, data, chosen, batch_size)
-            found = _metrics_of_classes(metrics, predictions, [_label(data, row) for row in chosen])
+            found = _metrics_of_classes(metrics, predictions, [_label(data, row) for row in chosen], data.label_names)
             units = len(chosen)
         else:
             loss, units = _causal_loss(model, tokenizer, data, chosen, batch_size)
-            found = _metrics_of_texts(model, tokenizer, data, chosen, metrics, batch_size, max_new_tokens)
+            found = _metrics_of_texts(model, tokenizer, data, chosen, metrics, batch_size, max_new_tokens, beams)
+    if PERPLEXITY in asked:
+        found = {PERPLEXITY: math.exp(min(loss, 700.0)), **found}
     return EvalResult(loss=loss, units=units, rows=len(chosen), metrics=found, seconds=time.perf_counter() - began)
 
 
 def answers(model: nn.Module, tokenizer: Any, data: EncodedData, rows: Sequence[int], *, max_new_tokens: int = 64,
-            batch_size: int = 8) -> list[str]:
-    """What the model writes after the prompts of these rows, greedily, without special tokens."""
+            batch_size: int = 8, beams: Beams | None = None) -> list[str]:
+    """What the model writes after the prompts of these rows, without special tokens; each prompt is answered once."""
     stop = stop_tokens(model, tokenizer, [_tail(data, row) for row in rows])
-    prompts = [data.prompt(row).input_ids for row in rows]
+    prompts = [tuple(data.prompt(row).input_ids) for row in rows]
+    different = list(dict.fromkeys(prompts))
     with evaluating(model):
-        written = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop)
-    return [decode(tokenizer, tokens) for tokens in written]
+        written = generate(model, tokenizer, different, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop,
+                           beams=beams)
+    texts = {prompt: decode(tokenizer, tokens) for prompt, tokens in zip(different, written, strict=True)}
+    return [texts[prompt] for prompt in prompts]
 
 
 @contextmanager
@@ -94,22 +109,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """The share of predictions that equal their reference."""
-    right: int = sum(p == r for p, r in zip(predictions, references, strict=True))
-    return right / len(references)
-
-
-def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """The mean over classes (of either side) of F1 = 2·tp / (predicted + actual)."""
-    classes = sorted(set(predictions) | set(references))
-    scores: list[float] = []
-    for cls in classes:
-        right: int = sum(p == r == cls for p, r in zip(predictions, references, strict=True))
-        scores.append(2 * right / (sum(p == cls for p in predictions) + sum(r == cls for r in references)))
-    return sum(scores) / len(scores)
 
 
 def _causal_loss(model: nn.Module, tokenizer: Any, data: EncodedData, rows: Sequence[int],
@@ -135,29 +134,55 @@ def _classify(model: nn.Module, tokenizer: Any, data: EncodedData, rows: Sequenc
     return total / len(rows), [predictions[row] for row in rows]
 
 
-def _metrics_of_classes(metrics: Sequence[str | Metric], predictions: Sequence[int],
-                        references: Sequence[int]) -> dict[str, float]:
-    known: dict[str, Metric] = {"accuracy": accuracy, "exact_match": accuracy, "f1": macro_f1}
-    return {metric_name(m): float((known[m] if isinstance(m, str) else m)(predictions, references)) for m in metrics}
+def _metrics_of_classes(metrics: Sequence[str | Metric], predictions: Sequence[int], references: Sequence[int],
+                        names: Sequence[str]) -> dict[str, float]:
+    """Functions get the classes' numbers; correlations the names, which must be numbers."""
+    found: dict[str, float] = {}
+    for metric in metrics:
+        if not isinstance(metric, str):
+            found[metric_name(metric)] = float(metric(predictions, references))
+        elif metric in TEXT_METRICS:
+            raise ConfigError(Fault("metrics", f"{metric} is of written answers, and this model chooses labels",
+                                    "exact_match, " + ", ".join(CHOICE_METRICS)))
+        else:
+            kind = "accuracy" if metric == "exact_match" else metric
+            found[metric] = choice_figure(kind, [names[p] for p in predictions], [names[r] for r in references])
+    return found
 
 
 def _metrics_of_texts(model: nn.Module, tokenizer: Any, data: EncodedData, rows: Sequence[int],
-                      metrics: Sequence[str | Metric], batch_size: int, max_new_tokens: int) -> dict[str, float]:
+                      metrics: Sequence[str | Metric], batch_size: int, max_new_tokens: int,
+                      beams: Beams | None) -> dict[str, float]:
     if not metrics:
         return {}
     references = [data.prompt(row).answer.strip() for row in rows]
     found: dict[str, float] = {}
     written, chosen = list[str](), list[str]()
     for metric in metrics:
-        if metric in ("accuracy", "f1"):
+        if metric in CHOICE_METRICS:
             chosen = chosen or _likeliest(model, tokenizer, data, rows, batch_size)
-            found[metric_name(metric)] = (accuracy if metric == "accuracy" else macro_f1)(chosen, references)
+            found[str(metric)] = choice_figure(str(metric), chosen, references)
+            continue
+        written = written or [text.strip() for text in answers(
+            model, tokenizer, data, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, beams=beams)]
+        if isinstance(metric, str) and metric in TEXT_METRICS:
+            label, score = text_figure(metric, *_by_prompt(data, rows, written, references))
+            found[label] = score
         else:
-            written = written or answers(model, tokenizer, data, rows, max_new_tokens=max_new_tokens,
-                                         batch_size=batch_size)
-            score = accuracy if isinstance(metric, str) else metric
-            found[metric_name(metric)] = float(score([text.strip() for text in written], references))
+            found[metric_name(metric)] = float((accuracy if isinstance(metric, str) else metric)(written, references))
     return found
+
+
+def _by_prompt(data: EncodedData, rows: Sequence[int], written: Sequence[str],
+               references: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The answer to each different prompt, and the expected texts of all rows that have it."""
+    answer: dict[tuple[int, ...], str] = {}
+    expected: dict[tuple[int, ...], list[str]] = {}
+    for row, text, reference in zip(rows, written, references, strict=True):
+        prompt = tuple(data.prompt(row).input_ids)
+        answer[prompt] = text
+        expected.setdefault(prompt, []).append(reference)
+    return list(answer.values()), list(expected.values())
 
 
 def _likeliest(model: nn.Module, tokenizer: Any, data: EncodedData, rows: Sequence[int], batch_size: int) -> list[str]:
@@ -167,8 +192,9 @@ def _likeliest(model: nn.Module, tokenizer: Any, data: EncodedData, rows: Sequen
     for row, prompt in zip(rows, prompts, strict=True):
         tails.setdefault(prompt.answer.strip(), _tail(data, row))
     if not 2 <= len(tails) <= MOST_CHOICES:
-        raise ConfigError(Fault("metrics", f"accuracy and f1 choose among the answers of the held-out rows, which have "
-                                f"{len(tails)} different ones", f"2 to {MOST_CHOICES}", "Use exact_match"))
+        raise ConfigError(Fault("metrics", f"{' and '.join(CHOICE_METRICS)} choose among the answers of the held-out "
+                                f"rows, which have {len(tails)} different ones", f"2 to {MOST_CHOICES}",
+                                "Use exact_match"))
     scores = score_choices(model, tokenizer, [prompt.input_ids for prompt in prompts], list(tails.values()),
                            batch_size=batch_size)
     names = list(tails)

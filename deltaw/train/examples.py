@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltaw import bases
+from deltaw import baselines, bases
 from deltaw.bases.packed_attention import PLACES
 from deltaw.data import (
     BatchStream,
@@ -28,10 +28,12 @@ from deltaw.data import (
 )
 from deltaw.train.config import TrainConfig
 from deltaw.train.decoding import device_of
+from deltaw.train.prefetch import Prefetched
 from deltaw.train.state import Batch
 
 _LONGEST = 1024
 _HELD_OUT = 0.1
+_TRAIN_THE_BASE = ("full", "ft-top-k", "head", "bitfit", "subspace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,18 @@ class Examples:
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches in a pass over the training data."""
-        return self._stream().batches_per_epoch
+        return self.stream().batches_per_epoch
 
-    def batches(self, base: bases.Base, *, packed: bool = False) -> ExampleBatches:
-        """The seeded stream of micro-batches, on the model's device, padded or end to end."""
-        return ExampleBatches(self._stream(), base, packed=packed)
+    def batches(self, base: bases.Base, *, packed: bool = False) -> Prefetched:
+        """The seeded stream of micro-batches, on the model's device, padded or end to end; each made ahead."""
+        return Prefetched(ExampleBatches(self.stream(), Layout(base, packed=packed)))
 
-    def _stream(self) -> BatchStream[Example | LabelledExample]:
+    def first_batch(self, base: bases.Base) -> Batch:
+        """The first micro-batch end to end, to try something on."""
+        return next(ExampleBatches(self.stream(), Layout(base, packed=True)))
+
+    def stream(self) -> BatchStream[Example | LabelledExample]:
+        """The seeded stream of the examples of each micro-batch."""
         config = self.config
         lengths = self.train.lengths[self.train_rows]
         return BatchStream(Subset(self.train, self.train_rows), config.batch_size, config.seed, lengths=lengths,
@@ -83,21 +90,37 @@ class Examples:
         if stats.truncated or stats.dropped_no_supervision:
             text += (f"\n{stats.truncated:,} examples were cut to max_length; {stats.dropped_no_supervision:,} lost "
                      "every supervised token by that and were left out")
+        if self.train.from_cache:
+            text += "\nthe tokens are those that an earlier run made of this data"
         return text
+
+
+class Layout:
+    """How the examples of a batch become tensors on the model's device: padded, or end to end."""
+
+    def __init__(self, base: bases.Base, *, packed: bool) -> None:
+        self.pad, self.device, self.packed = base.tokenizer.pad_token_id, device_of(base.model), packed
+
+    def batch(self, examples: Sequence[Example | LabelledExample]) -> Batch:
+        """One micro-batch; where packed examples begin stays on the CPU, which asks for it."""
+        inputs = pack([e for e in examples if isinstance(e, Example)]) if self.packed else collate(examples, self.pad)
+        return Batch({name: tensor if name == PLACES else self.moved(tensor) for name, tensor in inputs.items()},
+                     tuple(example.where for example in examples))
+
+    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the model's device; to a GPU by way of pinned memory, without waiting."""
+        fast = self.device.type == "cuda"
+        return (tensor.pin_memory() if fast else tensor).to(self.device, non_blocking=fast)
 
 
 class ExampleBatches:
     """`Batches` over a stream of examples."""
 
-    def __init__(self, stream: BatchStream[Example | LabelledExample], base: bases.Base, *,
-                 packed: bool = False) -> None:
-        self.stream, self.pad, self.device = stream, base.tokenizer.pad_token_id, device_of(base.model)
-        self.packed = packed
+    def __init__(self, stream: BatchStream[Example | LabelledExample], layout: Layout) -> None:
+        self.stream, self.layout = stream, layout
 
     def __next__(self) -> Batch:
-        examples = next(self.stream)
-        inputs = pack([e for e in examples if isinstance(e, Example)]) if self.packed else collate(examples, self.pad)
-        return Batch(on_device(inputs, self.device), tuple(example.where for example in examples))
+        return self.layout.batch(next(self.stream))
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's place."""
@@ -108,22 +131,14 @@ class ExampleBatches:
         self.stream.load_state_dict(dict(state))
 
 
-def on_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch on the model's device; where packed examples begin is asked on the CPU."""
-    fast = device.type == "cuda"
-    return {name: tensor if name == PLACES else (tensor.pin_memory() if fast else tensor).to(
-        device, non_blocking=fast) for name, tensor in inputs.items()}
-
-
 def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
     """The base and the data that the config names.
 
     A classifier's head has as many outputs as the data has labels, and the data is tokenised with the base's tokenizer:
     so there the base is opened without weights first.
     """
-    device = config.chosen_device()
     if config.task != "seq-cls":
-        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, device=device)
+        base = _load_base(config, config.chosen_device())
         return base, examples_for(config, base)
     examples = examples_for(config, open_base(config))
     return load_base(config, examples), examples
@@ -131,13 +146,20 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
 
 def open_base(config: TrainConfig) -> bases.Base:
     """The base without its weights: enough to tokenise, and to find where changes go."""
-    return bases.load_base(config.model, task=config.task, dtype=config.dtype, device="meta")
+    return _load_base(config, "meta")
 
 
 def load_base(config: TrainConfig, examples: Examples) -> bases.Base:
     """The base with its weights, and a classifier's head for the labels of the data."""
-    return bases.load_base(config.model, task=config.task, dtype=config.dtype, device=config.chosen_device(),
-                           labels=examples.train.label_names if config.task == "seq-cls" else None)
+    return _load_base(config, config.chosen_device(), examples.train.label_names if config.task == "seq-cls" else None)
+
+
+def _load_base(config: TrainConfig, device: str, labels: Sequence[str] | None = None) -> bases.Base:
+    # Steps of a usual size are lost when they are added to weights in bfloat16.
+    dtype = "fp32" if config.dtype == "auto" and config.method in _TRAIN_THE_BASE else config.dtype
+    quantize = None if config.quantize == "none" else config.quantize
+    return bases.load_base(config.model, task=config.task, dtype=dtype, labels=labels, device=device,
+                           quantize=quantize, double_quant=config.double_quant)
 
 
 def examples_for(config: TrainConfig, base: bases.Base) -> Examples:
@@ -162,9 +184,12 @@ def examples_for(config: TrainConfig, base: bases.Base) -> Examples:
 def _load(config: TrainConfig, source: str, base: bases.Base, split: str,
           labels: Sequence[str] | None = None) -> EncodedData:
     limit = base.max_positions
+    if limit is not None:
+        limit -= baselines.virtual_tokens(config.method, config.baseline)
     longest = config.max_length or min(_LONGEST, limit or _LONGEST)
     return load_data(source, tokenizer=base.tokenizer, task=config.task, split=split, columns=config.columns or None,
-                     max_length=longest, model_limit=limit, train_on=config.train_on, labels=labels)
+                     max_length=longest, model_limit=limit, train_on=config.train_on, labels=labels,
+                     cache=config.cache_data)
 
 
 def _digest(source: str, data: EncodedData) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
 """A custom metric: (predictions, references) to one number, where higher is better."""
-METRICS = ("exact_match", "accuracy", "f1")
 
 
 def metric_name(metric: str | Metric) -> str:

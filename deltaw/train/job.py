@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from deltaw.train.progress import Together
 from deltaw.train.result import TrainResult
 from deltaw.train.run import Session
 from deltaw.train.state import Batches, State
+from deltaw.train.tuning import LoraTuning
 
 Status = Literal["running", "paused", "finished", "failed", "cancelled"]
 
@@ -79,6 +80,8 @@ class JobResult:
 class BaseFigures:
     """What the base alone does on held-out rows: the same for all jobs with the same rows, and measured once."""
 
+    parameters: int = 0
+    """How many numbers the base has."""
     figures: dict[object, Mapping[str, float]] = field(default_factory=dict)
     answers: dict[object, list[str]] = field(default_factory=dict)
 
@@ -127,14 +130,20 @@ class ActiveJob:
         self.loss: float | None = None
         self.figures: Mapping[str, float] = {}
         config = job.config
-        self.session = JobSession(config, Path(config.out).expanduser(), base, examples, board, quiet=True)
+        tuning = LoraTuning(board, self.name, freeze_a=config.freeze_a)
+        self.session = JobSession(config, Path(config.out).expanduser(), base, examples, tuning,
+                                  base_parameters=shared.parameters, quiet=True)
         self.session.shared, self.session.choices = shared, choices
         if job.objective is not None:
             self.session.objective = job.objective  # type: ignore[assignment]
         self.run: Run | None = None
+        self._stream = ExitStack()
 
     def begin(self, found: Path | None, *, batches: Batches | None = None) -> None:
         """Everything up to the first step, or up to where a checkpoint was saved."""
+        if batches is None:
+            batches = self._stream.enter_context(self.session.examples.batches(self.base,
+                                                                               packed=self.session.choices.packed))
         with self.on():
             self.run = run = self.session.begin(found, batches)
             run.watch = Together([self.session.log, _Last(self)])
@@ -208,6 +217,7 @@ class ActiveJob:
 
     def close(self) -> None:
         """Let the adapter, its gradients and its optimizer go; what is on the disk stays."""
+        self._stream.close()
         if self.name in self.board.names:
             self.board.remove(self.name)
         self.drawn = self.run = None

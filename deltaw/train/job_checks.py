@@ -19,9 +19,10 @@ from deltaw.train.examples import Examples, examples_for, load_base, open_base
 from deltaw.train.job import Job
 from deltaw.train.run import check_folder
 
-SHARED = ("model", "task", "device", "dtype", "gradient_checkpointing", "threads", "packing")
+SHARED = ("model", "task", "device", "dtype", "quantize", "double_quant", "gradient_checkpointing", "threads",
+          "packing")
 """Fields that belong to the base, and so to all jobs alike."""
-_OF_DATA = ("data", "valid", "columns", "max_length", "train_on", "task", "eval_rows", "model")
+_OF_DATA = ("data", "cache_data", "valid", "columns", "max_length", "train_on", "task", "eval_rows", "model")
 
 
 def check_jobs(jobs: Sequence[Job], *, resume: bool) -> None:
@@ -43,6 +44,9 @@ def check_jobs(jobs: Sequence[Job], *, resume: bool) -> None:
     for job in jobs:
         if not (isinstance(job.priority, (int, float)) and 0 < job.priority < float("inf")):
             faults.append(Fault(f"job '{job.name}': priority", f"got {job.priority!r}", "a finite number above 0"))
+        if job.config.method != "lora":
+            faults.append(Fault(f"job '{job.name}': method", f"got '{job.config.method}'", "lora",
+                                "Train it alone: it changes what the others share"))
         if job.config.compile == "on":
             faults.append(Fault(f"job '{job.name}': compile", "got 'on'", "auto or off",
                                 "Layers are not compiled while adapters train together"))

@@ -28,6 +28,7 @@ from deltaw.switch import Switchboard, attach, detach
 from deltaw.train.announce import say
 from deltaw.train.config import TrainConfig
 from deltaw.train.cross_entropy import STRETCH_VALUES
+from deltaw.train.foresight import check_weights
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.job import ActiveJob, BaseFigures, Job, JobResult
 from deltaw.train.job_checks import Loader, check_jobs, load_jobs
@@ -39,8 +40,9 @@ from deltaw.train.memory import saved_bytes
 from deltaw.train.objective import CausalLoss
 from deltaw.train.passes import gradients
 from deltaw.train.prepare import Choices, Preparation
-from deltaw.train.run import TASK_TYPES, own_surroundings
+from deltaw.train.run import TASK_TYPES, own_surroundings, parameters_in
 from deltaw.train.scheduler import Scheduler
+from deltaw.train.tuning import LoraTuning
 
 
 def train_many(jobs: Sequence[Job | TrainConfig], config: ManyConfig, *, base: bases.Base | None = None,
@@ -74,7 +76,6 @@ class TrainMany:
         self.rounds, self.tokens = self.record.rounds, 0
         self.lines: list[str] = []
         self.scheduler = Scheduler(config.budget_tokens)
-        self.shared = BaseFigures()
         self._base_bits: Mapping[str, int] | None = None
         self._tried: dict[object, str] = {}
 
@@ -100,7 +101,10 @@ class TrainMany:
 
     def _load(self, todo: Sequence[Job], stack: ExitStack) -> None:
         """The base, the adapters of all jobs, the ways of computing, and every job's first state."""
+        if self.base_given is None:
+            check_weights(self.first)
         self.base, examples = load_jobs(todo, self.base_given)
+        self.shared = BaseFigures(parameters=parameters_in(self.base))
         self.loader = Loader(self.base)
         for job in todo:
             self._attach(job)
@@ -110,8 +114,9 @@ class TrainMany:
         self.choices = Choices()
         if objective is not None:
             with self._only(first.name):
+                tuning = LoraTuning(self.board, first.name, freeze_a=first.config.freeze_a)
                 self._preparation = Preparation(replace(first.config, compile="off"), self.base, examples[first.name],
-                                                self.board, objective, 1)
+                                                tuning, objective, 1)
                 self.choices = stack.enter_context(self._preparation.applied(self.record.choices))
         self.lines += self.choices.lines
         for job in todo:
@@ -123,11 +128,13 @@ class TrainMany:
 
     def _attach(self, job: Job) -> None:
         lora = replace(job.config.lora, task_type=job.config.lora.task_type or TASK_TYPES[job.config.task])
+        original = self.base.folder if lora.starts_from_weights else None
         if not hasattr(self, "board"):
-            self.board: Switchboard = attach(self.base.model, lora, name=job.name, seed=job.config.seed)
+            self.board: Switchboard = attach(self.base.model, lora, name=job.name, seed=job.config.seed,
+                                             original=original)
             self.board.use(None)
         else:
-            self.board.add(job.name, lora, seed=job.config.seed)
+            self.board.add(job.name, lora, seed=job.config.seed, original=original)
 
     def _activate(self, job: Job, examples: Any) -> None:
         """Make the attached adapter a job at work, from its checkpoint where the record names one."""
@@ -137,9 +144,11 @@ class TrainMany:
         try:
             active.why_apart = self._why_apart(active)
             batches = None if job.batches is None else job.batches(self.base)
-            active.session.doctor.base = self._base_bits
+            # A frozen A, or a weight of its own, is part of what this job alone must leave as it is.
+            shares = not (job.config.freeze_a or job.config.lora.starts_from_weights)
+            active.session.doctor.base = self._base_bits if shares else None
             active.begin(self.record.checkpoint(job, active.session.checkpoints), batches=batches)
-            self._base_bits = active.session.doctor.base
+            self._base_bits = active.session.doctor.base if shares else self._base_bits
             active.status = self.record.status(job.name)
         except Exception as error:
             self._fail(active, error)
@@ -154,12 +163,12 @@ class TrainMany:
         if not self.choices.packed:
             return "its examples cannot lie end to end on this base"
         redraws = config.lora.lora_dropout > 0 and config.gradient_checkpointing != "off"
-        layers = (redraws, *((target.site.kind, target.site.name) for target in self.board.table(active.name)))
+        layers = (redraws, config.lora.init_lora_weights,
+                  *((target.site.kind, target.site.name) for target in self.board.table(active.name)))
         if layers in self._tried:  # another adapter on the same layers was tried
             return self._tried[layers]
         with self._only(active.name):
-            probe = active.session.examples.batches(self.base, packed=True)
-            inputs = next(probe).inputs
+            inputs = active.session.examples.first_batch(self.base).inputs
         if not hasattr(self, "_base_draws"):
             self._base_draws = draws_in_training(self.board, inputs)
         if self._base_draws:
@@ -175,7 +184,7 @@ class TrainMany:
         if not joint:
             return
         with self._only(joint[0].name):
-            inputs = next(joint[0].session.examples.batches(self.base, packed=True)).inputs
+            inputs = joint[0].session.examples.first_batch(self.base).inputs
             self.base.model.train()
             kept = saved_bytes(lambda: joint[0].session.objective.loss(self.base.model, inputs))
         tokens = inputs["input_ids"].numel()
@@ -323,7 +332,7 @@ class TrainMany:
         """Find layers of one input anew: which they are follows from the adapters that are there, and nothing else."""
         if hasattr(self, "_preparation"):
             with self.board.off():
-                self._preparation.share()
+                self.board.share_inputs(self._preparation.look)
 
     # -- what stays --------------------------------------------------------------------------------------------------
 

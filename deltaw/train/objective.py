@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.baselines.layout import prompt_ends
 from deltaw.errors import BaseModelError, Fault
 from deltaw.train.cross_entropy import OutputLayer, Terms, as_is, token_loss, token_losses
 
@@ -71,6 +72,10 @@ class CausalLoss:
 
     def loss(self, model: nn.Module, batch: Inputs) -> Tensor:
         """The summed cross entropy."""
+        with prompt_ends(_prompt_ends(batch["labels"])):
+            return self._loss(model, batch)
+
+    def _loss(self, model: nn.Module, batch: Inputs) -> Tensor:
         if not self.every_position and not self.uses_own_logits(model):
             total = self._stretched(model, batch)
             if total is not None:
@@ -84,7 +89,8 @@ class CausalLoss:
     def _stretched(self, model: nn.Module, batch: Inputs) -> Tensor | None:
         """The loss from hidden states; None where this model does not let it be computed so."""
         head = _output_layer(model)
-        if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
+        # A weight that is computed at each use is not among the parameters.
+        if not isinstance(head, nn.Module) or not isinstance(head._parameters.get("weight"), Tensor):
             self._layers[model] = None
             return None
         inputs, where, targets_N = _positions(batch)
@@ -147,8 +153,9 @@ class CausalLoss:
         """Logits (N, V) at the N supervised positions in row-major order, and the tokens (N,) that follow there."""
         inputs, where, targets_N = _positions(batch)
         head = None if self.every_position else _output_layer(model)
-        logits = _logits(model, inputs, head, lambda _, args: (
-            args[0].flatten(0, -2).index_select(0, where)[None], *args[1:]))
+        with prompt_ends(_prompt_ends(batch["labels"])):
+            logits = _logits(model, inputs, head, lambda _, args: (
+                args[0].flatten(0, -2).index_select(0, where)[None], *args[1:]))
         # A model that reads the weight of its output layer directly never runs the hook and returns all logits. The two
         # shapes cannot be confused: a row's last position is never supervised, so N < T where there is one row.
         every = logits.shape[:2] == batch["labels"].shape
@@ -200,6 +207,12 @@ def _positions(batch: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     next_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     where = (next_BT != IGNORED).flatten().nonzero().squeeze(1)
     return {n: t for n, t in batch.items() if n != "labels"}, where, next_BT.flatten().index_select(0, where)
+
+
+def _prompt_ends(labels_BT: Tensor) -> Tensor:
+    """Where each row's prompt ends and what is learned begins, (B,); T where nothing is learned."""
+    learned = labels_BT != IGNORED
+    return torch.where(learned.any(1), learned.int().argmax(1), labels_BT.shape[1])
 
 
 def _logits(model: nn.Module, inputs: Inputs, head: nn.Module | None,

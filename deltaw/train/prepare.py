@@ -1,6 +1,8 @@
 """Before the first step: how steps are computed. Each choice is checked on real examples, and said in a line.
 
     shared inputs   q, k, v and gate, up as one product: found by watching one forward
+    plain layers    adapted layers that cannot be fused (quantized, say): counted, with the reason
+    gated products  made again in the backward pass: found by watching one forward
     packing         examples end to end instead of padded: taken if two examples give the loss they give apart
     compiling       taken if the run is long, and kept if a measured step is faster
 
@@ -19,14 +21,16 @@ import torch
 
 from deltaw import bases
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
-from deltaw.data import collate, pack
-from deltaw.switch import Switchboard
-from deltaw.train.compile import REPAID_AFTER, compiled_layers, repeated_layers, why_not
+from deltaw.core.layers import plain_layers
+from deltaw.inject.blocks import repeated_layers
+from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluating
-from deltaw.train.examples import Examples, on_device
-from deltaw.train.memory import recompute_activations, recomputed
-from deltaw.train.objective import Objective
+from deltaw.train.examples import Examples, Layout
+from deltaw.train.gated import gated_modules, product_made_again
+from deltaw.train.memory import recompute_activations, recomputed, release_at_once
+from deltaw.train.objective import CausalLoss, Inputs, Objective
+from deltaw.train.tuning import Attached
 
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 _WORTH = 0.97
@@ -41,18 +45,20 @@ class Choices:
     compiled: bool = False
     lines: list[str] = field(default_factory=list)
     """One for each choice, for people."""
+    plain: dict[str, int] = field(default_factory=dict)
+    """Adapted linear layers that train in plain operations instead of fused ones: how many, by reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"packed": self.packed, "compiled": self.compiled, "lines": self.lines}
+        return {"packed": self.packed, "compiled": self.compiled, "lines": self.lines, "plain": self.plain}
 
 
 class Preparation:
     """Makes the choices for one run, in the order in which one rests on another."""
 
-    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, board: Switchboard,
+    def __init__(self, config: TrainConfig, base: bases.Base, examples: Examples, tuning: Attached,
                  objective: Objective, steps: int) -> None:
-        self.config, self.base, self.examples, self.board = config, base, examples, board
+        self.config, self.base, self.examples, self.tuning = config, base, examples, tuning
         self.objective, self.steps = objective, steps
 
     @contextmanager
@@ -61,8 +67,10 @@ class Preparation:
         choices = Choices()
         with ExitStack() as stack:
             with torch.random.fork_rng():  # the run draws what it would draw without the looks taken here
-                self.share()
+                self.share(choices)
                 recomputes = self.recompute(choices, stack)
+                if recomputes != "layer":  # a layer that is computed again keeps nothing of this
+                    stack.enter_context(product_made_again(gated_modules(self.base.model, self.look)))
                 choices.packed = self.pack(choices, recorded)
                 if choices.packed:
                     stack.enter_context(packed_attention(self.base.model))
@@ -72,18 +80,31 @@ class Preparation:
                     choices.compiled = self.compile(choices, recorded, stack)
             yield choices
 
-    def share(self) -> None:
-        """Compute linear layers of one input together."""
-        inputs = self.batch(1, packed=False)
+    def share(self, choices: Choices) -> None:
+        """Compute linear layers of one input together; say which layers, and whether the loss, cannot be fused."""
+        board = self.tuning.board
+        if board is not None:
+            board.share_inputs(self.look)
+            choices.plain = {reason: len(sites) for reason, sites in plain_layers(self.look).items()}
+        if choices.plain:
+            layers = ", ".join(f"{count} ({reason})" for reason, count in choices.plain.items())
+            choices.lines.append(f"plain operations instead of fused ones: {layers} of the adapted linear layers")
+        if isinstance(self.objective, CausalLoss) and self.objective.uses_own_logits(self.base.model):
+            choices.lines.append("loss: from the model's own logits, to which it does something that is not known")
+
+    def look(self) -> None:
+        """A forward on one example, to be watched."""
         with evaluating(self.base.model):
-            self.board.share_inputs(lambda: self.objective.loss(self.base.model, inputs))
+            self.objective.loss(self.base.model, self.batch(1, packed=False))
 
     def recompute(self, choices: Choices, stack: ExitStack) -> str:
         """Gradient checkpointing as it was asked for, or of whole layers where attention cannot be told apart."""
         wanted, model = self.config.gradient_checkpointing, self.base.model
+        if wanted != "off":
+            release_at_once()
         if wanted == "attention" and takes_packed(model):
-            with packed_attention(model), attention_modules() as found, evaluating(model):
-                self.objective.loss(model, self.batch(1, packed=False))
+            with packed_attention(model), attention_modules() as found:
+                self.look()
             stack.enter_context(recomputed(found))
             choices.lines.append(f"gradient checkpointing: the attention of {len(found)} layers")
             return "attention"
@@ -99,7 +120,9 @@ class Preparation:
         wanted, model = self.config.packing, self.base.model
         if self.config.task != "causal-lm" or wanted == "off":
             return False
-        if not takes_packed(model):
+        if not self.tuning.packs:
+            reason = f"{self.config.method} puts tokens of its own into each row"
+        elif not takes_packed(model):
             reason = f"{type(model).__name__} does not let its attention be chosen"
         elif recorded is not None and not recorded.packed:
             return False
@@ -119,6 +142,9 @@ class Preparation:
         """Whether the repeated layers are compiled; leaves them so on the stack."""
         wanted, model = self.config.compile, self.base.model
         if wanted == "off" or (recorded is not None and not recorded.compiled):
+            return False
+        if not self.tuning.compiles:
+            choices.lines.append(f"compile: off, {self.config.method} changes more than layers")
             return False
         if not repeated_layers(model):
             choices.lines.append("compile: off, this network repeats no layer")
@@ -167,7 +193,7 @@ class Preparation:
             for parameter in model.parameters():
                 parameter.grad = None
 
-    def batch(self, count: int, *, packed: bool) -> dict[str, torch.Tensor]:
+    def batch(self, count: int, *, packed: bool) -> Inputs:
         """The first examples as a batch, within the budget of tokens: the same in every session of a run."""
         chosen: list[Any] = [self.examples.train[int(row)] for row in self.examples.train_rows[:count]]
         budget, tokens = self.config.batch_tokens, 0
@@ -176,5 +202,4 @@ class Preparation:
             if budget is not None and i and tokens > budget:
                 chosen = chosen[:i]
                 break
-        inputs = pack(chosen) if packed else collate(chosen, self.base.tokenizer.pad_token_id)
-        return on_device(inputs, next(self.base.model.parameters()).device)
+        return Layout(self.base, packed=packed).batch(chosen).inputs

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltaw import bases
-from deltaw.switch import Switchboard
 from deltaw.train.config import TrainConfig
 from deltaw.train.examples import Examples
 from deltaw.train.result import SiteRow
 from deltaw.train.state import State
+from deltaw.train.tuning import Attached
 
 
 def facts(config: TrainConfig, base: bases.Base, examples: Examples, state: State, before: Mapping[str, float],
@@ -19,6 +19,7 @@ def facts(config: TrainConfig, base: bases.Base, examples: Examples, state: Stat
     """What travels with the adapter: its base, its template, and how it was made."""
     return {"base_model": base.source, "template": bases.template_hash(base.tokenizer),
             "tokenizer": bases.tokenizer_hash(base.tokenizer),
+            **({"quantized": base.quantized} if base.quantized else {}),
             "training": {"config": config.to_dict(), "steps": state.step, "best_step": state.best_step,
                          "tokens": state.tokens, "supervised": state.units, "seconds": round(state.seconds, 1),
                          "data": examples.facts(), "before": dict(before), "after": dict(after),
@@ -31,10 +32,9 @@ def improvement(before: Mapping[str, float], after: Mapping[str, float]) -> dict
     return {"held-out": f"the loss {word}: {before['loss']:.4f} before, {after['loss']:.4f} after"}
 
 
-def site_rows(board: Switchboard, name: str) -> tuple[SiteRow, ...]:
-    """What the adapter changes, one row for each site."""
-    return tuple(SiteRow(target.site.name, target.site.kind, tuple(target.site.geometry.shape), target.rank,
-                         target.parameters) for target in board.table(name))
+def site_rows(tuning: Attached) -> tuple[SiteRow, ...]:
+    """What is changed, one row for each site."""
+    return tuple(SiteRow(row.site, row.kind, row.shape, row.rank, row.parameters) for row in tuning.rows())
 
 
 def versions() -> dict[str, str]:

@@ -27,12 +27,12 @@ from torch import Tensor
 from deltaw import bases
 from deltaw.bases.packed_attention import packed_attention, takes_packed
 from deltaw.core import Adapter, LoraConfig
-from deltaw.data import Example, collate, pack
+from deltaw.data import Example
 from deltaw.errors import ConfigError, Fault, NonFiniteError
 from deltaw.switch import Switchboard, attach
 from deltaw.train.checkpoint import Checkpoints
-from deltaw.train.decoding import device_of, sample
-from deltaw.train.examples import on_device
+from deltaw.train.decoding import sample
+from deltaw.train.examples import Layout
 from deltaw.train.joint import joined
 from deltaw.train.objective import CausalLoss
 from deltaw.train.optimizer import adamw, set_rate
@@ -247,9 +247,8 @@ class Workbench:
             torch.stack(wanted).sum().backward()  # type: ignore[no-untyped-call]
         return found
 
-    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        inputs = pack(examples) if self.packs else collate(examples, self.base.tokenizer.pad_token_id)
-        return on_device(inputs, device_of(self.base.model))
+    def _batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]:
+        return Layout(self.base, packed=self.packs).batch(examples).inputs
 
 
 def _supervised(example: Example) -> int:

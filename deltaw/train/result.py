@@ -57,6 +57,8 @@ class TrainResult:
     """What the adapter changes."""
     checks: Mapping[str, str] = field(default_factory=dict)
     """What the doctor looked at, and what it found."""
+    plain_layers: Mapping[str, int] = field(default_factory=dict)
+    """Adapted linear layers that trained in plain operations instead of fused ones: how many, by reason."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Rows, tokens and what was left out."""
     trained_parameters: int = 0

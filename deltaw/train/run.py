@@ -22,10 +22,12 @@ from pathlib import Path
 
 import torch
 
-from deltaw import bases
+from deltaw import baselines, bases
+from deltaw.baselines.files import FILES
+from deltaw.core.packed import numbers_in
 from deltaw.errors import ConfigError, Fault
 from deltaw.store.atomic import replace_folder
-from deltaw.switch import Switchboard, attach
+from deltaw.switch import attach
 from deltaw.train.announce import announce, say
 from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
 from deltaw.train.config import TrainConfig
@@ -33,6 +35,7 @@ from deltaw.train.cross_entropy import Terms
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
+from deltaw.train.foresight import check_weights, look_ahead
 from deltaw.train.loop import Run
 from deltaw.train.memory import peak_memory
 from deltaw.train.objective import objective_for
@@ -43,7 +46,7 @@ from deltaw.train.record import facts, improvement, site_rows, versions
 from deltaw.train.result import Answer, TrainResult
 from deltaw.train.state import Batches, Pace, State
 from deltaw.train.summary import print_summary
-from deltaw.train.tuning import LoraTuning, base_parameters
+from deltaw.train.tuning import Attached, LoraTuning
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 """PEFT's name of each task."""
@@ -62,12 +65,14 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     out = Path(config.out).expanduser()
     check_folder(out, config)
     with own_surroundings(config):
+        check_weights(config)
         base, examples = load_examples(config)
         if not quiet:
             announce(base, examples)
-        board = attach(base.model, replace(config.lora, task_type=config.lora.task_type or TASK_TYPES[config.task]),
-                       name=config.name, seed=config.seed)
-        session = Session(config, out, base, examples, board, quiet=quiet)
+        for line in look_ahead(config, base, examples):
+            say(line, quiet)
+        count = parameters_in(base)
+        session = Session(config, out, base, examples, put_on(config, base), base_parameters=count, quiet=quiet)
         with session.prepared():
             state = session.train()
         result = session.finish(state, began)
@@ -79,18 +84,17 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
 class Session:
     """One run in the making: what is needed before, during and after the loop."""
 
-    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, board: Switchboard, *,
-                 quiet: bool) -> None:
-        self.config, self.out, self.base, self.examples, self.board = config, out, base, examples, board
-        self.quiet = quiet
-        self.tuning = LoraTuning(board, config.name, freeze_a=config.freeze_a)
+    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, tuning: Attached, *,
+                 base_parameters: int, quiet: bool) -> None:
+        self.config, self.out, self.base, self.examples, self.quiet = config, out, base, examples, quiet
+        self.tuning, self.base_parameters = tuning, base_parameters
         self.objective = objective_for(config.task, Terms(config.label_smoothing, config.z_loss))
         self.choices = Choices()
         self.doctor = Doctor(self.tuning, window=config.doctor_steps, allow_unused=config.allow_unused)
         self.optimizer = adamw(self.tuning.parameters(), learning_rate=config.learning_rate, eps=config.eps,
                                weight_decay=config.weight_decay, betas=config.betas,
                                ratio_of_B=config.loraplus_lr_ratio, bits=8 if config.optimizer == "adamw8bit" else 32)
-        self.identity = identity(config, data_sha256=examples.digest, base=board.fingerprint().to_dict())
+        self.identity = identity(config, data_sha256=examples.digest, base=self.tuning.fingerprint().to_dict())
         self.checkpoints = Checkpoints(out / CHECKPOINTS, self.identity, keep=config.keep_checkpoints)
         self.pace = pace_of(config, self.examples.batches_per_epoch)
         self.shown = examples.valid_rows[:config.samples] if config.task == "causal-lm" and examples.has_prompts else []
@@ -101,7 +105,7 @@ class Session:
         file = self.out / CHOICES_FILE
         resumes = self.config.resume and self.checkpoints.latest() is not None and file.is_file()
         recorded = Choices(**json.loads(file.read_text(encoding="utf-8"))) if resumes else None
-        preparation = Preparation(self.config, self.base, self.examples, self.board, self.objective, self.pace.steps)
+        preparation = Preparation(self.config, self.base, self.examples, self.tuning, self.objective, self.pace.steps)
         with preparation.applied(recorded) as self.choices:
             for line in self.choices.lines:
                 say(line, self.quiet)
@@ -110,16 +114,17 @@ class Session:
     def train(self) -> State:
         """Run the loop, from the start or from the last checkpoint."""
         with ExitStack() as stack:
-            run = self.begin(self.checkpoints.latest() if self.config.resume else None)
+            batches = stack.enter_context(self.examples.batches(self.base, packed=self.choices.packed))
+            run = self.begin(self.checkpoints.latest() if self.config.resume else None, batches)
+            self.tuning.forget_base()
             if not self.quiet:
                 bar = stack.enter_context(ProgressBar(self.pace.steps, begun=run.state.step))
                 run.watch = Together([self.log, bar])
             return run.go()
 
-    def begin(self, found: Path | None, batches: Batches | None = None) -> Run:
+    def begin(self, found: Path | None, batches: Batches) -> Run:
         """Everything up to the first step, of a new run or of one that goes on from a checkpoint."""
         config = self.config
-        batches = batches if batches is not None else self.examples.batches(self.base, packed=self.choices.packed)
         state = State()
         if found is not None:
             check_same_run(config, self.identity, found)
@@ -131,7 +136,7 @@ class Session:
                                   CHOICES_FILE: json.dumps(self.choices.to_dict(), indent=1).encode()})
         (self.out / RESULT_FILE).unlink(missing_ok=True)
         self.log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
-        with self.board.off():
+        with self.tuning.off():
             self.before = self.figures_before(self.log, resumed=found is not None)
             self.answers_before = self.answers_of_base()
         return Run(tuning=self.tuning, objective=self.objective, batches=batches, optimizer=self.optimizer,
@@ -163,20 +168,20 @@ class Session:
                          zip(self.shown, self.answers_before, self.answer(), strict=True))
         self.tuning.note(**facts(self.config, self.base, self.examples, state, self.before, after))
         self.tuning.save(self.out)
+        for name in set(FILES) - set(self.tuning.file_names):  # of another method, trained into this folder before
+            (self.out / name).unlink(missing_ok=True)
         result = TrainResult(
             adapter=str(self.out), base=self.base.source, config=self.config.to_dict(), steps=state.step,
             planned_steps=self.pace.steps, best_step=best, before=self.before, after=after, answers=answered,
-            curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.board, self.config.name),
+            curve=tuple(read_metrics(self.out / METRICS_FILE)), sites=site_rows(self.tuning),
             checks={check.name: check.found for check in self.doctor.checks} | improvement(self.before, after)
             | ({"computed": "; ".join(self.choices.lines)} if self.choices.lines else {}),
-            data=self.examples.facts(),
+            plain_layers=self.choices.plain, data=self.examples.facts(),
             trained_parameters=sum(p.numel() for p in self.tuning.parameters().values()),
-            base_parameters=sum(p.numel() for _, p in base_parameters(self.tuning)),
-            adapter_bytes=sum((self.out / name).stat().st_size for name in
-                              ("adapter_config.json", "adapter_model.safetensors", "deltaw.json")),
+            base_parameters=self.base_parameters,
+            adapter_bytes=sum((self.out / name).stat().st_size for name in self.tuning.file_names),
             tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
-            peak_memory=peak_memory(), precision=f"{self.base.dtype}".removeprefix("torch.") +
-            f": {self.base.dtype_reason}", versions=versions())
+            peak_memory=peak_memory(), precision=self.base.precision, versions=versions())
         replace_folder(self.out, {RESULT_FILE: json.dumps(result.to_dict(), indent=1).encode()})
         return result
 
@@ -209,6 +214,22 @@ class Session:
     def prompt_text(self, row: int) -> str:
         """The prompt of a held-out row, in the row's own words."""
         return self.examples.valid.question(row)
+
+
+def parameters_in(base: bases.Base) -> int:
+    """How many numbers the base has, as long as nothing is attached to it."""
+    return sum(numbers_in(p) for p in base.model.parameters())
+
+
+def put_on(config: TrainConfig, base: bases.Base) -> Attached:
+    """What the config trains, on the base's model; `TargetError` where it lacks what the method needs."""
+    if config.method == "lora":
+        lora = replace(config.lora, task_type=config.lora.task_type or TASK_TYPES[config.task])
+        board = attach(base.model, lora, name=config.name, seed=config.seed,
+                       original=base.folder if lora.starts_from_weights else None)
+        return LoraTuning(board, config.name, freeze_a=config.freeze_a)
+    return baselines.METHODS[config.method](base.model, config.baseline, config.seed,
+                                            lora=config.lora if baselines.trains_lora(config.method) else None)
 
 
 def check_folder(out: Path, config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaw.train.metrics import SHARES
 from deltaw.train.result import TrainResult
 
 
@@ -56,12 +57,14 @@ def cost_rows(result: TrainResult) -> list[tuple[str, str]]:
     ]
     if result.peak_memory:
         rows.append(("peak memory", size(result.peak_memory)))
+    if result.plain_layers:
+        rows.append(("not fused", "; ".join(f"{n} layers: {reason}" for reason, n in result.plain_layers.items())))
     return [*rows, ("base", f"{result.base}, {result.precision}")]
 
 
 def figure(name: str, value: float) -> str:
     """A loss with four digits, a share in per cent."""
-    return f"{value:.1%}" if name in ("exact_match", "accuracy", "f1") else f"{value:.4f}"
+    return f"{value:.1%}" if name in SHARES else f"{value:.4f}"
 
 
 def size(count: float) -> str:

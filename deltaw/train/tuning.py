@@ -6,12 +6,16 @@ a check can say which place of the network a tensor belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from deltaw.baselines import Row
+from deltaw.bases import Fingerprint
+from deltaw.store.locate import CONFIG_FILE, RECORD_FILE, TENSORS_FILE
 from deltaw.switch import Switchboard
 
 
@@ -32,8 +36,43 @@ class Tuning(Protocol):
         """Write the trained tensors to a folder, for use without this run."""
 
 
+class Attached(Tuning, Protocol):
+    """A tuning of a whole run, which looks at the base beside it and chooses how to compute: LoRA, or a baseline."""
+
+    @property
+    def board(self) -> Switchboard | None:
+        """The switchboard of the low-rank changes among what is trained."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether it goes with rows that hold several examples."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it goes with compiled layers."""
+
+    @property
+    def file_names(self) -> Sequence[str]:
+        """The files that `save` writes."""
+
+    def off(self) -> AbstractContextManager[None]:
+        """The base alone for the length of the block."""
+
+    def forget_base(self) -> None:
+        """Drop what only `off` needs; it is not called any more."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the base's weights."""
+
+    def rows(self) -> Sequence[Row]:
+        """What is changed, line by line."""
+
+
 class LoraTuning:
     """One adapter of a switchboard."""
+
+    packs = compiles = True
+    file_names = (CONFIG_FILE, TENSORS_FILE, RECORD_FILE)
 
     def __init__(self, board: Switchboard, name: str = "default", *, freeze_a: bool = False) -> None:
         """With `freeze_a` every A stays as it was drawn and only the rest is trained (LoRA-FA, Zhang et al. 2023)."""
@@ -59,6 +98,22 @@ class LoraTuning:
     def save(self, path: Path) -> None:
         """Write the adapter's folder."""
         self.board.adapter(self.name).save(path)
+
+    def off(self) -> AbstractContextManager[None]:
+        """The base alone for the length of the block."""
+        return self.board.off()
+
+    def forget_base(self) -> None:
+        """Nothing: the base's weights are in use."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the base's weights."""
+        return self.board.fingerprint()
+
+    def rows(self) -> list[Row]:
+        """One line for each site."""
+        return [Row(t.site.name, t.site.kind, tuple(t.site.geometry.shape), t.rank, t.parameters)
+                for t in self.board.table(self.name)]
 
 
 class PartTuning:

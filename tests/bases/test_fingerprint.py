@@ -89,12 +89,18 @@ def test_packed_bytes_are_left_out_of_the_sample():
     assert 0 < sum(math.isfinite(x) for x in sample) < SAMPLES
 
 
-def test_a_quantized_side_is_compared_by_direction():
+def test_quantized_tensors_are_compared_by_direction_and_the_others_as_ever():
     coarse = [(name, (t * 2).round() / 2) for name, t in tensors()]
     exact, rounded = fingerprint(tensors()), fingerprint(coarse)
     assert compare(exact, rounded) is not None
-    assert compare(exact, rounded, quantized=True) is None
-    assert "cosine" in str(compare(exact, fingerprint(tensors(1)), quantized=True))
+    everywhere = tuple(range(SAMPLES))
+    marked = Fingerprint(rounded.architecture, rounded.sample, everywhere)
+    assert compare(exact, marked) is None
+    assert compare(marked, exact) is None
+    assert "cosine" in str(compare(marked, fingerprint(tensors(1))))
+    half = Fingerprint(rounded.architecture, rounded.sample, everywhere[::2])
+    assert "sampled ones differ" in str(compare(exact, half))
+    assert Fingerprint.from_dict(marked.to_dict()) == marked
 
 
 def test_a_real_4bit_linear_keeps_the_architecture():
@@ -104,7 +110,10 @@ def test_a_real_4bit_linear_keeps_the_architecture():
     assert packed.dtype == torch.uint8
     plain, quantized = fingerprint([("w", weight)]), fingerprint([("w", packed)])
     assert plain.architecture == quantized.architecture
-    assert quantized.sample == ()
+    assert len(quantized.rounded) == len(quantized.sample) == SAMPLES
+    assert max(abs(a - b) for a, b in zip(plain.sample, quantized.sample, strict=True)) < 0.2 * weight.abs().max()
+    assert compare(plain, quantized) is None
+    assert compare(fingerprint([("w", torch.randn(64, 64))]), quantized) is not None
 
 
 def test_json_round_trip_keeps_everything():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.baselines.config import BaselineConfig
 from deltaw.cli.main import VERBS, overview
 from deltaw.cli.options import option_name
 from deltaw.core.config import LoraConfig
@@ -53,8 +54,8 @@ def test_every_option_has_help(verb: str) -> None:
 
 def test_help_of_train_has_every_field() -> None:
     text = import_module("deltaw.cli.train").parser().format_help()
-    for field in (*fields(TrainConfig), *fields(LoraConfig)):
-        if field.name != "lora":
+    for field in (*fields(TrainConfig), *fields(LoraConfig), *fields(BaselineConfig)):
+        if field.name not in ("lora", "baseline"):
             name = option_name(field.name).removeprefix("--")
             assert re.search(rf"^  --(\[no-\])?{name}\b", text, re.MULTILINE), field.name
     assert "[default: 8]" in text

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from deltaw.baselines.config import OPTIONS, BaselineConfig
+from deltaw.cli import analyse as analyse_verb
+from deltaw.cli import convert as convert_verb
 from deltaw.cli import eval as eval_verb
 from deltaw.cli import generate as generate_verb
 from deltaw.cli import merge as merge_verb
@@ -24,10 +27,11 @@ from deltaw.train.config import TrainConfig
 REQUIRED = ["--model", "m", "--data", "d", "--out", "o"]
 TRAIN: dict[str, tuple[str, Any]] = {
     "model": ("other/base", "other/base"), "data": ("rows.csv", "rows.csv"), "out": ("there", "there"),
-    "task": ("seq-cls", "seq-cls"),
+    "task": ("seq-cls", "seq-cls"), "method": ("bitfit", "bitfit"),
     "columns": ("prompt=question,completion=a=b", {"prompt": "question", "completion": "a=b"}),
     "max_length": ("77", 77), "train_on": ("all", "all"), "valid": ("0.25", 0.25), "name": ("sql", "sql"),
-    "epochs": ("2.5", 2.5), "max_steps": ("9", 9), "batch_size": ("3", 3), "group_by_length": ("no-", False),
+    "cache_data": ("no-", False), "epochs": ("2.5", 2.5), "max_steps": ("9", 9), "batch_size": ("3", 3),
+    "group_by_length": ("no-", False),
     "grad_accumulation": ("4", 4), "learning_rate": ("1e-4", 1e-4), "schedule": ("cosine", "cosine"),
     "warmup_ratio": ("0.2", 0.2), "warmup_steps": ("5", 5), "weight_decay": ("0.01", 0.01),
     "betas": ("0.8,0.95", (0.8, 0.95)),
@@ -49,7 +53,13 @@ LORA: dict[str, tuple[str, Any]] = {
                                                                       {"q_proj|k{1,2}": 4, "v=": 2}),
     "alpha_pattern": ("q_proj=4,v.*=8.5", {"q_proj": 4.0, "v.*": 8.5}), "use_rslora": ("", True),
     "bias": ("lora_only", "lora_only"), "modules_to_save": ("score", ("score",)),
-    "init_lora_weights": ("gaussian", "gaussian"), "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
+    "init_lora_weights": ("pissa_niter_4", "pissa_niter_4"), "loftq_config": ("loftq_iter=5", {"loftq_iter": 5}),
+    "task_type": ("CAUSAL_LM", "CAUSAL_LM"),
+}
+BASELINE: dict[str, tuple[str, Any]] = {
+    "top_layers": ("3", 3), "prefix_tokens": ("16", 16), "infix_tokens": ("4", 4), "prefix_form": ("past", "past"),
+    "prefix_hidden": ("512", 512), "bottleneck": ("16", 16), "activation": ("gelu", "gelu"), "train_norms": ("", True),
+    "drop_layers": ("2", 2), "dimension": ("200", 200), "structure_aware": ("no-", False),
 }
 EVAL: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp16", "fp16"), "any_base": ("", True),
@@ -63,10 +73,24 @@ GENERATE: dict[str, tuple[str, Any]] = {
 }
 SAMPLING: dict[str, tuple[str, Any]] = {
     "max_new_tokens": ("5", 5), "temperature": ("0.7", 0.7), "top_p": ("0.9", 0.9), "top_k": ("40", 40),
-    "repetition_penalty": ("1.2", 1.2), "seed": ("3", 3),
+    "repetition_penalty": ("1.2", 1.2), "seed": ("3", 3), "num_beams": ("4", 4), "length_penalty": ("0.9", 0.9),
+    "no_repeat_ngram_size": ("3", 3),
+}
+ANALYSE: dict[str, tuple[str, Any]] = {
+    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp32", "fp32"), "any_base": ("", True),
+    "data": ("d.jsonl", "d.jsonl"), "eval_rows": ("7", 7), "max_length": ("64", 64),
+    "sites": ("a.q,a.v", ("a.q", "a.v")), "top": ("5", 5), "epsilon": ("0.4", 0.4), "seed": ("3", 3),
+    "out": ("page.html", "page.html"),
+    "threads": ("2", 2),
 }
 MERGE: dict[str, tuple[str, Any]] = {
     "adapter": ("a", "a"), "out": ("o", "o"), "model": ("b", "b"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
+    "overwrite": ("", True), "into": ("requantized", "requantized"), "least_survival": ("0.9", 0.9),
+    "force": ("", True),
+}
+CONVERT: dict[str, tuple[str, Any]] = {
+    "to": ("peft", "peft"), "out": ("o", "o"), "model": ("b", "b"), "adapter": ("a", "a"), "dtype": ("q8_0", "q8_0"),
+    "tokenizer": ("t.gguf", "t.gguf"), "modelfile": ("", True), "base_gguf": ("b.gguf", "b.gguf"),
     "overwrite": ("", True),
 }
 
@@ -97,9 +121,22 @@ def test_each_field_of_an_adapter(field: str, text: str, value: Any) -> None:
             assert getattr(lora, other.name) == getattr(LoraConfig(), other.name)
 
 
+@pytest.mark.parametrize(("field", "text", "value"), [(f, *pair) for f, pair in BASELINE.items()])
+def test_each_field_of_another_method(field: str, text: str, value: Any) -> None:
+    method = [name for name, options in OPTIONS.items() if field in options][-1]
+    more = ["--prefix-form", "past"] if field == "prefix_hidden" else []
+    words = [*REQUIRED, "--method", method, *more, *written(field, text)]
+    baseline = train_verb.config_of(train_verb.parser().parse(words)).baseline
+    assert getattr(baseline, field) == value != getattr(BaselineConfig(), field)
+    for other in fields(BaselineConfig):
+        if other.name not in (field, "prefix_form"):
+            assert getattr(baseline, other.name) == getattr(BaselineConfig(), other.name)
+
+
 @pytest.mark.parametrize(("verb", "config", "values"), [
     (eval_verb, eval_verb.EvalOptions, EVAL), (generate_verb, generate_verb.GenerateOptions, GENERATE),
-    (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE)])
+    (generate_verb, Sampling, SAMPLING), (merge_verb, merge_verb.MergeOptions, MERGE),
+    (analyse_verb, analyse_verb.AnalyseOptions, ANALYSE), (convert_verb, convert_verb.ConvertOptions, CONVERT)])
 def test_each_field_of_the_other_verbs(verb: Any, config: type, values: dict[str, tuple[str, Any]]) -> None:
     words = [word for field, (text, _) in values.items() for word in written(field, text)]
     made: Any = build(config, given(verb.parser().parse(words), config))
@@ -108,16 +145,20 @@ def test_each_field_of_the_other_verbs(verb: Any, config: type, values: dict[str
 
 
 def test_the_tables_above_hold_every_field() -> None:
-    assert set(TRAIN) == {f.name for f in fields(TrainConfig)} - {"lora"}
+    assert set(TRAIN) == {f.name for f in fields(TrainConfig)} - {"lora", "baseline"}
+    assert set(BASELINE) == {f.name for f in fields(BaselineConfig)}
     assert set(LORA) == {f.name for f in fields(LoraConfig)}
     assert set(EVAL) == {f.name for f in fields(eval_verb.EvalOptions)}
     assert set(GENERATE) == {f.name for f in fields(generate_verb.GenerateOptions)}
     assert set(SAMPLING) == {f.name for f in fields(Sampling)}
+    assert set(ANALYSE) == {f.name for f in fields(analyse_verb.AnalyseOptions)}
     assert set(MERGE) == {f.name for f in fields(merge_verb.MergeOptions)}
+    assert set(CONVERT) == {f.name for f in fields(convert_verb.ConvertOptions)}
 
 
-@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, eval_verb.EvalOptions, generate_verb.GenerateOptions,
-                                    Sampling, merge_verb.MergeOptions])
+@pytest.mark.parametrize("config", [TrainConfig, LoraConfig, BaselineConfig, eval_verb.EvalOptions,
+                                    generate_verb.GenerateOptions, Sampling, merge_verb.MergeOptions,
+                                    analyse_verb.AnalyseOptions, convert_verb.ConvertOptions])
 def test_every_field_is_documented_on_one_line(config: type) -> None:
     docs = field_docs(config)
     for field in fields(config):
@@ -162,7 +203,7 @@ def test_a_file_gives_options_and_those_given_beside_it_count_more(tmp_path: Pat
 
 
 def test_a_runs_own_config_file_gives_the_same_config(tmp_path: Path) -> None:
-    words = [word for f, (text, _) in TRAIN.items() if f != "keep_best" for word in written(f, text)]
+    words = [word for f, (text, _) in TRAIN.items() if f not in ("keep_best", "method") for word in written(f, text)]
     words += [word for f, (text, _) in LORA.items() for word in written(f, text)]
     config = train_verb.config_of(train_verb.parser().parse(words))
     file = tmp_path / "train_config.json"

@@ -72,7 +72,8 @@ def test_no_module_leans_on_the_public_face(source: Path) -> None:
 def test_every_library_that_is_imported_is_declared(repo: Path) -> None:
     project = tomllib.loads((repo / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = project["dependencies"] + [
-        need for extra in ("quant", "gguf", "report", "hub-data") for need in project["optional-dependencies"][extra]
+        need for extra in ("quant", "gguf", "report", "hub-data", "serve")
+        for need in project["optional-dependencies"][extra]
     ]
     declared = {canonicalize_name(Requirement(need).name) for need in needs}
     providers = packages_distributions()

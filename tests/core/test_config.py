@@ -16,7 +16,8 @@ OTHER: dict[str, Any] = {
     "r": 3, "lora_alpha": 5.5, "lora_dropout": 0.25, "target_modules": ["a", "b"], "exclude_modules": ["c"],
     "target_parameters": ["d"], "target_slices": {"a": "q-v", "b": [(0, 2), (3, 4)]}, "layers_to_transform": [0, 2],
     "layers_pattern": ["h"], "rank_pattern": {"a": 4}, "alpha_pattern": {"b": 1.0}, "use_rslora": True, "bias": "all",
-    "modules_to_save": ["head"], "init_lora_weights": "gaussian", "task_type": "CAUSAL_LM"}
+    "modules_to_save": ["head"], "init_lora_weights": "gaussian", "loftq_config": {"loftq_iter": 5},
+    "task_type": "CAUSAL_LM"}
 
 
 def test_every_field_survives_json() -> None:
@@ -29,7 +30,8 @@ def test_every_field_survives_json() -> None:
 @pytest.mark.parametrize(("option", "value"), [
     ("r", 0), ("r", -1), ("r", 2.0), ("r", True), ("r", "8"), ("lora_alpha", 0), ("lora_alpha", -2),
     ("lora_alpha", "x"),
-    ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("bias", "some"), ("init_lora_weights", "pissa"),
+    ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("bias", "some"), ("init_lora_weights", "pissa_niter_0"),
+    ("init_lora_weights", None), ("loftq_config", {"loftq_iter": 0}), ("loftq_config", {"iterations": 1}),
     ("target_modules", []), ("target_modules", "("), ("exclude_modules", "["), ("rank_pattern", {"q": 0}),
     ("alpha_pattern", {"q": 0}), ("rank_pattern", {"(": 1})])
 def test_what_is_out_of_range_is_refused(option: str, value: object) -> None:

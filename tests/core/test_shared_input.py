@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import deltaw
 from deltaw import LoraConfig, Switchboard
+from deltaw.core.layers import plain_layers
 from deltaw.core.layers.shared_input import calls
 from tests.laws.cases import BY_NAME
 from tests.laws.dense import fill
@@ -175,3 +176,89 @@ def test_a_detached_model_has_nothing_left_of_it(block: Block) -> None:
     assert "deltaw" not in str(block)
     assert len(block.state_dict()) < len(before)
     block(x).sum().backward()
+
+
+def traced(block: Block, board: Switchboard, x: Tensor) -> tuple[int, dict[str, Tensor]]:
+    """How many products with a matrix a compiler sees in the forward, and the gradients."""
+    seen: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.extend(node for node in graph.graph.nodes if node.target is torch.nn.functional.linear)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    compiled(x).tanh().square().sum().backward()
+    found = {name: p.grad for name, p in board.parameters("a").items() if p.grad is not None}
+    block.zero_grad()
+    return len(seen), found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_sees_one_narrow_product_for_the_group(block: Block) -> None:
+    board, x = attached(block), torch.randn(5, 6)
+    alone = gradients(board, x)
+    count, found = traced(block, board, x)
+    assert count == 10  # five calls of a layer, each with its narrow product
+    assert close(found, alone)
+    board.share_inputs(lambda: block(x))
+    count, found = traced(block, board, x)
+    assert count == 9
+    assert close(found, alone)
+    narrow: Any = block.first.deltaw.narrow  # type: ignore[union-attr]
+    assert (narrow.x, narrow.parts) == (None, ())
+    block.skip = True  # the group's last layer does not come
+    expected = gradients(board, x)
+    assert close(traced(block, board, x)[1], expected)
+    block.skip = False
+    assert close(traced(block, board, x)[1], alone)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_sees_plain_operations_where_the_group_is_not_alike(block: Block) -> None:
+    board, x = attached(block), torch.randn(5, 6)
+    board.share_inputs(lambda: block(x))
+    board.add("b", LoraConfig(r=3, target_modules=["second"], init_lora_weights=False), seed=1)
+    for on in ("b", {"a": 1.0, "b": 0.5}):
+        board.use(on)
+        expected = block(x)
+        assert torch.allclose(torch.compile(block, backend="eager")(x), expected, atol=1e-5)
+        torch.compiler.reset()
+
+
+def reasons(model: nn.Module, x: Tensor) -> dict[str, int]:
+    return {reason: len(sites) for reason, sites in plain_layers(lambda: model(x)).items()}
+
+
+def test_layers_that_are_not_fused_are_counted_by_reason(block: Block) -> None:
+    board, x = attached(block), torch.randn(5, 6)
+    assert reasons(block, x) == {}
+    block.first.weight.requires_grad_(True)
+    assert reasons(block, x) == {"the base's weight or bias is trained too": 1}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert reasons(block, x)["autocast"] == 4
+    board.add("b", LoraConfig(r=3, target_modules=["other"]), seed=1)
+    board.use({"a": 1.0, "b": 1.0})
+    assert reasons(block, x)["2 adapters at once"] == 1
+    board.use(None)
+    assert reasons(block, x) == {}
+
+
+@pytest.mark.parametrize("change", ["nothing", "trained weight", "autocast", "mixture"])
+def test_what_is_counted_is_what_the_graph_shows(block: Block, change: str) -> None:
+    """Each layer is one fused node or is counted."""
+    board, x = attached(block), torch.randn(5, 6, requires_grad=True)
+    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=change == "autocast")
+    if change == "trained weight":
+        block.other.weight.requires_grad_(True)
+    if change == "mixture":
+        board.add("b", LoraConfig(r=3, target_modules=["first", "second"]), seed=1)
+        board.use({"a": 1.0, "b": 1.0})
+    fused = 0
+    with context:
+        counted = {site for sites in plain_layers(lambda: block(x)).values() for site in sites}
+        for name, layer in block.named_children():
+            node = layer(torch.randn(2, 6, requires_grad=True)).grad_fn
+            fused += "LowRankLinear" in node.name()
+            assert ("LowRankLinear" in node.name()) == (name not in counted), name
+    assert fused == {"nothing": 4, "trained weight": 3, "autocast": 0, "mixture": 2}[change]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import deltaw
 from deltaw import LoraConfig
+from deltaw.core.layers import plain_layers
+from deltaw.core.packed import Packed, packed_weight
 from deltaw.errors import StateError
 from tests.laws.dense import error, fill
 from tests.laws.test_undo import snapshot
@@ -77,6 +82,8 @@ def test_training_and_values(kind: str) -> None:
     frozen = model[0].weight.clone()
     board = deltaw.attach(model, LoraConfig(r=4, bias="lora_only"), "a", seed=0)
     assert {t.site.geometry.shape for t in board.table("a") if t.rank} == {(32, 64), (8, 32)}
+    reason = f"{type(model[0]).__name__} multiplies in a way of its own"
+    assert plain_layers(lambda: model(x)) == {reason: ("0",), "a trained bias": ("1",)}
     optimizer = torch.optim.AdamW(board.parameters("a").values(), lr=0.01)
     losses: list[Tensor] = []
     for _ in range(5):
@@ -94,3 +101,97 @@ def test_training_and_values(kind: str) -> None:
     twin = copy.deepcopy(model)
     deltaw.board(twin).use(None)
     assert torch.equal(model(x), other(x))
+
+
+def dense_twin(model: nn.Sequential, board: Any) -> nn.Sequential:
+    """The same network in float64 with W + BA in the place of the quantized layer."""
+    W = packed_weight(model[0])
+    assert W is not None
+    twin = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).double()
+    with torch.no_grad():
+        twin[0].weight.copy_(W.dense(torch.float32).double() + board.adapter("a").delta("0").double())
+        twin[0].bias.copy_(model[0].bias)
+        twin[1].load_state_dict({"weight": model[1].weight.double(), "bias": model[1].bias.double()})
+    return twin
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "routed", "small strips"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dense_network(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "small strips":
+        monkeypatch.setattr("deltaw.core.packed.STRIP", 512)
+    model = quantized(kind, torch.float32).train()
+    board = deltaw.attach(model, LoraConfig(r=4, target_modules=["0"]), "a", seed=0)
+    fill(board, "a", seed=3)
+    x, gradient = torch.randn(4, 64, requires_grad=True), torch.randn(4, 8)
+    wide = x.detach().double().requires_grad_()
+    expected, = torch.autograd.grad(dense_twin(model, board)(wide), wide, gradient.double())
+    with board.route(["a"] * 4) if how == "routed" else nullcontext():
+        y = checkpoint(model, x, use_reentrant=False) if how == "checkpointed" else model(x)
+        dx, dA, dB = torch.autograd.grad(y, [x, *board.parameters("a").values()], gradient)
+    assert error(dx, expected) < 1e-5
+    # dΔW = gᵀx; dA = s·BᵀdΔW, dB = s·dΔW Aᵀ
+    g = gradient.double() @ model[1].weight.double()
+    dW = g.t() @ x.double()
+    A, B = (board.parameters("a")[f"0.lora_{which}"].double() for which in "AB")
+    scale = board.adapter("a").config.scaling(4)
+    assert error(dA, scale * B.t() @ dW) < 1e-5
+    assert error(dB, scale * dW @ A.t()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_many_adapters_unpacks_a_layer_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(kind, torch.float32).train()
+    board = deltaw.attach(model, LoraConfig(r=2, target_modules=["0"]), "a", seed=0)
+    for name in "bcd":
+        board.add(name, LoraConfig(r=2, target_modules=["0"]), seed=1)
+    for seed, name in enumerate("abcd"):
+        fill(board, name, seed=seed)
+    unpacked: list[int] = []
+    strips = Packed.strips
+    monkeypatch.setattr(Packed, "strips", lambda self, *rest: unpacked.append(1) or strips(self, *rest))
+    x = torch.randn(8, 64, requires_grad=True)
+    with board.route(["a", "b", "c", "d"] * 2):
+        y = model(x)
+        assert len(unpacked) == 1
+        y.sum().backward()
+    assert len(unpacked) == 2
+    for row, name in enumerate("abcd"):
+        board.use(name)
+        assert error(model(x)[row], y[row].detach().double()) < 1e-5
+
+
+def test_layers_of_one_input_and_dropout_are_fused_too() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = quantized("nf4", torch.float32)[0], quantized("nf4", torch.float32)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x)
+
+    model = Two().train()
+    board = deltaw.attach(model, LoraConfig(r=2, target_modules=["q", "k"]), "a", seed=0)
+    fill(board, "a", seed=1)
+    x = torch.randn(4, 64, requires_grad=True)
+    apart = model(x)
+    assert board.share_inputs(lambda: model(x)) == [("q", "k")]
+    together = model(x)
+    assert error(together, apart.detach().double()) < 1e-6
+    assert type(together.grad_fn.next_functions[0][0]) is type(together.grad_fn.next_functions[1][0])
+    assert together.grad_fn.next_functions[0][0] is together.grad_fn.next_functions[1][0]
+    other = Two().train()
+    dropped = deltaw.attach(other, LoraConfig(r=2, target_modules=["q", "k"], lora_dropout=0.5), "a", seed=0)
+    fill(dropped, "a", seed=1)
+    assert not torch.equal(other(x), other(x))
+    assert torch.equal(other.eval()(x), other(x))
+
+
+def test_a_saved_adapter_gives_the_same_on_the_base_loaded_again(tmp_path: Path) -> None:
+    model = quantized("nf4", torch.float32)
+    board = deltaw.attach(model, LoraConfig(r=4, target_modules=["0"]), "a", seed=0)
+    fill(board, "a", seed=3)
+    board.adapter("a").save(tmp_path)
+    other, x = quantized("nf4", torch.float32), torch.randn(3, 64)
+    deltaw.attach(other, deltaw.load(tmp_path))
+    assert torch.equal(other(x), model(x))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import deltaw
-from deltaw.train import Job, ManyConfig
+from deltaw.train import ManyConfig
 from deltaw.train.progress import read_metrics
 
 Make = Callable[..., deltaw.TrainConfig]
@@ -53,6 +53,3 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
               for folder in (one, other)]
     assert [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
     return tensors, max(abs(a[2] - b[2]) / abs(a[2]) for a, b in zip(*losses, strict=True))
-
-
-__all__ = ["Job", "Make", "config_maker", "differences", "together", "unlike"]

@@ -24,14 +24,16 @@ def half(predictions: Any, references: Any) -> float:
 
 WRONG = {
     "model": "", "data": 3, "out": "", "task": "seq_cls", "columns": "prompt", "max_length": 0, "train_on": "answers",
-    "valid": 1.0, "lora": 8, "name": "", "epochs": 0, "max_steps": -1, "batch_size": 0, "group_by_length": 1,
+    "valid": 1.0,
+    "method": "bitfitt", "lora": 8, "baseline": 4, "name": "", "epochs": 0, "max_steps": -1, "batch_size": 0,
+    "group_by_length": 1,
     "grad_accumulation": True, "learning_rate": float("nan"), "schedule": "cosin", "warmup_ratio": 1.0,
     "warmup_steps": -1, "weight_decay": -0.1, "betas": (0.9, 1.0), "eps": 0, "max_grad_norm": -1, "device": "gpu0x",
-    "dtype": "fp16",
+    "dtype": "fp16", "cache_data": "no",
     "batch_tokens": 0, "packing": True, "compile": "yes", "optimizer": "sgd", "loraplus_lr_ratio": 0, "freeze_a": "yes",
     "label_smoothing": 1.0, "z_loss": -1, "gradient_checkpointing": "yes",
     "threads": 0, "seed": -1, "eval_every": -1, "eval_rows": 0,
-    "metrics": ("bleu",), "max_new_tokens": 0, "samples": -1, "keep_best": "f1", "early_stop": 0, "save_every": -1,
+    "metrics": ("blue",), "max_new_tokens": 0, "samples": -1, "keep_best": "f1", "early_stop": 0, "save_every": -1,
     "keep_checkpoints": 0, "resume": "latest", "doctor_steps": 1, "allow_unused": None,
 }
 
@@ -98,7 +100,7 @@ def test_it_is_frozen() -> None:
 
 def test_what_may_and_may_not_change_on_resumption() -> None:
     recorded = json.loads(json.dumps(made(lora=LoraConfig(r=4)).to_dict()))
-    assert made(lora=LoraConfig(r=4), resume=True, threads=2, samples=0).changes(recorded) == []
+    assert made(lora=LoraConfig(r=4), resume=True, threads=2, samples=0, cache_data=False).changes(recorded) == []
     changed = [str(fault) for fault in made(lora=LoraConfig(r=8), learning_rate=1e-3).changes(recorded)]
     assert changed == ["TrainConfig.lora.r: got 8; expected 4, as when the run began",
                        "TrainConfig.learning_rate: got 0.001; expected 0.0005, as when the run began"]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.bases import load_base
+from deltaw.bases import load_base, stop_tokens
 from deltaw.data import load_data
 from deltaw.data.examples import Example, Prompt
 from deltaw.errors import ConfigError
 from deltaw.train import evaluate, generate, score_choices
-from deltaw.train.decoding import stop_tokens
-from deltaw.train.evaluation import _tail, accuracy, answers, macro_f1
+from deltaw.train.evaluation import _tail, answers
+from deltaw.train.metrics.choices import accuracy, macro_f1
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaw
+from deltaw.bases import Base
 from deltaw.errors import ConfigError, DataError, StateError, TargetError
 from deltaw.train import Job, TrainMany, train_many
 from deltaw.train.progress import read_metrics
@@ -181,10 +182,14 @@ class RunsDry:
 
 
 def test_data_that_runs_dry_ends_that_job_with_its_state(make: Make, alone: Any, tmp_path: Path) -> None:
-    from deltaw.train.examples import examples_for
+    from deltaw.train.examples import ExampleBatches, Layout, examples_for
 
     config = make("dry")
-    dry = Job(config=config, batches=lambda base: RunsDry(examples_for(config, base).batches(base), 5))
+
+    def padded(base: Base) -> ExampleBatches:
+        return ExampleBatches(examples_for(config, base).stream(), Layout(base, packed=False))
+
+    dry = Job(config=config, batches=lambda base: RunsDry(padded(base), 5))
     result = train_many([dry, *unlike(make)], together(tmp_path), quiet=True)
     assert result.failed == ("dry",)
     assert "ran dry at step 6" in result.jobs["dry"].error

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import deltaw
+from deltaw.core.layers import AdaptedLinear
+from deltaw.data import cache
 from deltaw.train import compile as compiling
-from deltaw.train import prepare
+from deltaw.train import objective, prepare
 from deltaw.train.prepare import Choices
 
 
@@ -114,6 +116,56 @@ def test_the_looks_draw_nothing_from_the_run(config: Callable[..., deltaw.TrainC
     monkeypatch.setattr(prepare.Preparation, "step", lambda self, c: (real(self, c), torch.rand(3))[0])
     deltaw.train(config(out=str(tmp_path / "again"), **options), quiet=True)
     assert losses(tmp_path / "again") == losses(tmp_path / "out")
+
+
+def test_layers_that_cannot_be_fused_are_said_and_counted(config: Callable[..., deltaw.TrainConfig], tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    assert deltaw.train(config(), quiet=True).plain_layers == {}
+    own = property(lambda layer: layer.host.in_features != 64)  # the two that lead back from the feed-forward
+    monkeypatch.setattr(AdaptedLinear, "_is_plain", own)
+    result = deltaw.train(config(out=str(tmp_path / "counted")))
+    assert result.plain_layers == {"Linear multiplies in a way of its own": 2}
+    assert json.loads((tmp_path / "counted" / "train_result.json").read_text())["plain_layers"] == result.plain_layers
+    shown = capsys.readouterr().err
+    assert shown.count("plain operations instead of fused ones: 2 (Linear multiplies in a way of its own)") == 1
+    assert "2 layers: Linear multiplies in a way of its own" in shown
+    assert losses(tmp_path / "counted") == pytest.approx(losses(tmp_path / "out"), rel=1e-5)
+
+
+def test_a_loss_from_the_models_own_logits_is_said(config: Callable[..., deltaw.TrainConfig],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "loss:" not in deltaw.train(config(), quiet=True).checks["computed"]
+    monkeypatch.setattr(objective, "_finish", lambda *_: None)
+    assert "loss: from the model's own logits" in deltaw.train(config(), quiet=True).checks["computed"]
+
+
+def test_tokens_of_an_earlier_run_are_used(config: Callable[..., deltaw.TrainConfig], tmp_path: Path, own_home: Path,
+                                           monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cache, "SMALLEST", 1)
+    deltaw.train(config(cache_data=False))
+    kept = own_home / ".cache" / "deltaw" / "tokens"
+    assert not kept.exists()
+    for out in ("two", "three"):
+        assert "an earlier run" not in capsys.readouterr().err
+        deltaw.train(config(out=str(tmp_path / out)))
+    assert "the tokens are those that an earlier run made of this data" in capsys.readouterr().err
+    assert len(list(kept.iterdir())) == 1
+    assert losses(tmp_path / "out") == losses(tmp_path / "two") == losses(tmp_path / "three")
+
+
+def test_the_feed_forwards_are_as_before_after_a_run(config: Callable[..., deltaw.TrainConfig],
+                                                     monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[int] = []
+    real = prepare.product_made_again
+    monkeypatch.setattr(prepare, "product_made_again", lambda found: (seen.append(len(found)), real(found))[1])
+    deltaw.train(config(), quiet=True)
+    deltaw.train(config(out=str(tmp_path / "layer"), gradient_checkpointing="layer"), quiet=True)
+    deltaw.train(config(out=str(tmp_path / "attention"), gradient_checkpointing="attention"), quiet=True)
+    assert seen == [2, 2]  # a whole layer that is computed again keeps nothing anyway
+    assert losses(tmp_path / "layer") == pytest.approx(losses(tmp_path / "out"), rel=1e-5)
+    assert losses(tmp_path / "attention") == pytest.approx(losses(tmp_path / "out"), rel=1e-5)
 
 
 def test_the_repeated_layers_of_networks(tiny_llama: Any, tiny_gpt2: Any, tiny_bert_classifier: Any) -> None:

@@ -10,14 +10,30 @@ from deltaw.core.layers.adapted import (
 )
 from deltaw.core.layers.conv import AdaptedConv
 from deltaw.core.layers.embedding import AdaptedEmbedding
-from deltaw.core.layers.linear import AdaptedLinear, share
+from deltaw.core.layers.linear import AdaptedLinear, plain_layers, share
 from deltaw.core.layers.saved import SAVED_CHILD, AdaptedModule
 from deltaw.core.layers.shared_input import watching
 from deltaw.core.layers.slots import LowRank, Slot, TrainedBias
 from deltaw.core.layers.substituted import AdaptedAttention, AdaptedParameters
 
 __all__ = [
-    "CHILD", "SAVED_CHILD", "Adapted", "AdaptedAttention", "AdaptedConv", "AdaptedEmbedding", "AdaptedLinear",
-    "AdaptedModule", "AdaptedParameters", "LowRank", "Rows", "Slot", "TrainedBias", "floating",
-    "parameter_owner", "replace_parameter", "share", "watching",
+    "CHILD",
+    "SAVED_CHILD",
+    "Adapted",
+    "AdaptedAttention",
+    "AdaptedConv",
+    "AdaptedEmbedding",
+    "AdaptedLinear",
+    "AdaptedModule",
+    "AdaptedParameters",
+    "LowRank",
+    "Rows",
+    "Slot",
+    "TrainedBias",
+    "floating",
+    "parameter_owner",
+    "plain_layers",
+    "replace_parameter",
+    "share",
+    "watching",
 ]

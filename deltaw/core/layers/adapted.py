@@ -85,7 +85,7 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output plus what is on; the input may be given by name."""
-        y = self.inner(*args, **kwargs)
+        y = self.host_output(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         route, mix = self.state.route, self.state.mix
         if route is not None:
@@ -95,6 +95,10 @@ class Adapted(nn.Module):
         for name, weight in mix.items():
             y = self.add(y, x, name, weight)
         return y
+
+    def host_output(self, *args: Any, **kwargs: Any) -> Any:
+        """What the host gives without adapters."""
+        return self.inner(*args, **kwargs)
 
     def add(self, y: Tensor, x: Tensor, adapter: str, weight: float) -> Tensor:
         """y plus one adapter's change, weighted; y itself where the adapter has nothing here."""

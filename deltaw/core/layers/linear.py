@@ -1,16 +1,17 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
 One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
-with the layers that share its input; so does a batch whose tokens use different adapters (`core.batched`). In inference
-such a batch costs two batched products, over factors stacked by row, padded to the largest rank, and the stack is kept
-until it goes stale.
+with the layers that share its input; so does a batch whose tokens use different adapters (`core.batched`). A quantized
+layer does so too: it is unpacked once, however many adapters are on. In inference a batch whose rows use different
+adapters costs two batched products, over factors stacked by row, padded to the largest rank; the stack is kept until it
+goes stale.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
-from deltaw.core.kernels import Projection, low_rank_linear
+from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
-from deltaw.core.layers.shared_input import calls
+from deltaw.core.layers.shared_input import Narrow, calls, watched_by
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
+from deltaw.core.packed import packed_weight
 from deltaw.core.state import Route
 
 MAX_ROWS_PER_ADAPTER = 4
@@ -39,12 +41,18 @@ class AdaptedLinear(Adapted):
     followers: tuple[AdaptedLinear, ...] = ()
     """Layers that are called after this one with its input; see `shared_input`."""
 
+    narrow: Narrow | None = None
+    """What this layer and all others of its input share while a compiler traces them."""
+
+    place: int = 0
+    """This layer's place among them."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output plus what is on; fused where that is known to give the same."""
         if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        if args and isinstance(args[0], Tensor):
-            calls.watch(self, args[0])
+            return self.traced(*args, **kwargs)
+        if calls.watcher is not None and args and isinstance(args[0], Tensor):
+            calls.watcher(self, args[0])
         if len(args) == 1 and not kwargs and self.is_grouped() and self.can_group(args[0]):
             return self.grouped(args[0])
         if len(args) != 1 or kwargs or not self.can_fuse(args[0]):
@@ -53,13 +61,43 @@ class AdaptedLinear(Adapted):
         (name, weight), = self.active().items()
         slot = self.slots[name]
         if slot.dropout and self.training:
-            return low_rank_linear(x, [self.projection(name, weight)], slot.dropout)[0]
+            return low_rank_linear(x, [self.projection(name, weight, x)], slot.dropout)[0]
 
         def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
-            return low_rank_linear(x, [layer.projection(name, weight) for layer in layers])
+            return low_rank_linear(x, [layer.projection(name, weight, x) for layer in layers])
 
         followers = [layer for layer in self.followers if layer.can_follow(x, name)]
         return calls.take(self, x, (name, weight), followers, compute)
+
+    def host_output(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward; a quantized host's product is unpacked in the shared memory while something is on."""
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and self.active():
+            stripped = self.stripped(args[0])
+            if stripped is not None:
+                return frozen_linear(args[0], stripped, self._bias(args[0].dtype))
+        return self.inner(*args, **kwargs)
+
+    def stripped(self, x: Any, *, training: bool | None = None) -> Stripped | None:
+        """The host's quantized weight, where a product with x through it is what the host itself would compute.
+
+        With `training` as if the host were in that mode.
+        """
+        training = self.host.training if training is None else training
+        weight = self.host._parameters.get("weight")
+        if weight is None or floating(weight) or self.own_forward is not None or type(x) is not Tensor \
+                or not x.numel() or not floating(x) or weight.device != x.device or lora.autocasts(x) or _transformed():
+            return None
+        packed = packed_weight(self.host)
+        if packed is None or getattr(self.host, "compute_dtype", None) not in (None, x.dtype):
+            return None
+        # bitsandbytes rounds the activations to 8 bits as well, except under training on the CPU.
+        if packed.kind == "int8" and not (training and x.device.type == "cpu"):
+            return None
+        return Stripped(packed, self.state.workspace)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = self.host._parameters.get("bias")
+        return None if bias is None else bias.to(dtype)
 
     def active(self) -> dict[str, float]:
         """The adapters that are on here for every row, with their weights."""
@@ -67,25 +105,60 @@ class AdaptedLinear(Adapted):
         mix = self.state.mix if route is None else dict.fromkeys(route.unique, 1.0)
         return {name: weight for name, weight in mix.items() if name in self.slots or name in self.biases}
 
+    def traced(self, *args: Any, **kwargs: Any) -> Any:
+        """Plain operations, for a compiler; the narrow products of layers that share x are one."""
+        active, narrow = self.active(), self.narrow
+        if narrow is None or len(args) != 1 or kwargs or len(active) != 1 or lora.autocasts(args[0]) \
+                or self.state.compute_dtype is not None or (self.state.route and not self.state.route.is_uniform):
+            return super().forward(*args, **kwargs)
+        (name, weight), = active.items()
+        if not all(layer.is_low_rank_only(name) for layer in narrow.layers):
+            return super().forward(*args, **kwargs)
+        slot, h = self.slots[name], narrow.of(self.place, args[0], name)
+        return lora.add_widened(self.inner(args[0]), h, slot.factors()[1], slot.scaling * weight)
+
+    def is_low_rank_only(self, name: str) -> bool:
+        """Whether an adapter changes this layer by B(A x) and nothing else, with no dropout now."""
+        slot = self.slots.get(name)
+        return slot is not None and name not in self.biases and not (slot.dropout and self.training)
+
     def can_fuse(self, x: Any) -> bool:
         """Whether this call is training of one adapter over a plain frozen layer, with nothing that looks inside."""
-        if not torch.is_grad_enabled() or self.is_grouped() or not self.is_frozen_product(x):
-            return False
-        active = self.active()
-        return len(active) == 1 and not self.biases.keys() & active.keys()
+        return torch.is_grad_enabled() and type(x) is Tensor and bool(x.numel()) and not self.obstacle(x)
 
-    def is_frozen_product(self, x: Any) -> bool:
-        """Whether the host only multiplies x with a frozen weight of x's dtype, and nothing looks inside."""
-        if type(x) is not Tensor or not x.numel():
-            return False
-        host, weight = self.host, self.host._parameters["weight"]
+    def obstacle(self, x: Tensor, *, training: bool | None = None) -> str:
+        """What keeps training on x from being one fused node, in a few words; "" where nothing does.
+
+        With `training` as if the host were in that mode.
+        """
+        bias = self.host._parameters.get("bias")
+        if self.is_grouped():
+            return "rows of several adapters in a batch"
+        if self.state.compute_dtype not in (None, x.dtype):
+            return f"low-rank products in {_name(self.state.compute_dtype)} on a {_name(x.dtype)} input"
+        if bias is not None and bias.requires_grad:
+            return "the base's weight or bias is trained too"
+        active = self.active()
+        if self.biases.keys() & active.keys():
+            return "a trained bias"
+        if len(active) != 1:
+            return f"{len(active)} adapters at once"
+        return "" if self.stripped(x, training=training) is not None else self._obstacle_of_host(x)
+
+    def _obstacle_of_host(self, x: Tensor) -> str:
+        """What makes the host something else than a product with an unquantized frozen weight of x's dtype."""
+        host, weight, bias = self.host, self.host._parameters["weight"], self.host._parameters.get("bias")
         if not self._is_plain or type(weight) is not nn.Parameter:
-            return False
-        bias = host._parameters.get("bias")
-        if weight.requires_grad or weight.dtype != x.dtype or not floating(x) or weight.device != x.device \
-                or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype)):
-            return False
-        return self.state.compute_dtype in (None, x.dtype) and not lora.autocasts(x) and not _transformed()
+            return f"{type(host).__name__} multiplies in a way of its own"
+        if lora.autocasts(x):
+            return "autocast"
+        if weight.requires_grad:
+            return "the base's weight or bias is trained too"
+        if weight.dtype != x.dtype or not floating(x) or (bias is not None and bias.dtype != x.dtype):
+            return f"{_name(weight.dtype)} weights on a {_name(x.dtype)} input"
+        if weight.device != x.device:
+            return "weight and input are on two devices"
+        return "a transform of torch.func" if _transformed() else ""
 
     def is_grouped(self) -> bool:
         """Whether rows or tokens of one batch use different adapters."""
@@ -100,6 +173,14 @@ class AdaptedLinear(Adapted):
             return False
         return self.is_frozen_product(x) and not any(name in self.biases for name in route.unique)
 
+    def is_frozen_product(self, x: Any) -> bool:
+        """Whether the host only multiplies x with a frozen weight, plain or packed, and nothing looks inside."""
+        bias = self.host._parameters.get("bias")
+        if type(x) is not Tensor or not x.numel() or self.state.compute_dtype not in (None, x.dtype) \
+                or (bias is not None and bias.requires_grad):
+            return False
+        return self.stripped(x) is not None or not self._obstacle_of_host(x)
+
     def grouped(self, x: Tensor) -> Tensor:
         """The output with every segment's own change, made together with those of the layers that share x."""
         route = self.state.route
@@ -109,7 +190,7 @@ class AdaptedLinear(Adapted):
         def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
             groups = [Group(start, stop, [layer.factors_of(name) for layer in layers], self.dropout_of(name),
                             route.generators.get(name)) for name, start, stop in segments if name is not None]
-            return grouped_linear(x, [layer.frozen() for layer in layers], groups)
+            return grouped_linear(x, [layer.frozen(x) for layer in layers], groups)
 
         if any(self.dropout_of(name) for name in route.unique):
             return compute([self])[0]
@@ -131,10 +212,10 @@ class AdaptedLinear(Adapted):
         slot = self.slots.get(name)
         return None if slot is None else Factors(*slot.factors(), slot.scaling)
 
-    def frozen(self) -> Frozen:
-        """The host's own product."""
-        W = self.weight_OI()
-        return Frozen(W, self.host._parameters.get("bias"), W.shape[0])
+    def frozen(self, x: Tensor) -> Frozen:
+        """The host's own product with x."""
+        W = self.stripped(x) or self.weight_OI()
+        return Frozen(W, self._bias(x.dtype), W.shape[0])
 
     def weight_OI(self) -> Tensor:
         """The host's weight, outputs first."""
@@ -143,9 +224,8 @@ class AdaptedLinear(Adapted):
 
     def can_follow(self, x: Tensor, name: str) -> bool:
         """Whether this layer's output may be made before it is called: no hook of its host would notice."""
-        slot = self.slots.get(name)
-        return (slot is not None and not (slot.dropout and self.training) and self.is_unwatched()
-                and self.can_fuse(x) and self.in_features == x.shape[-1])
+        return (self.is_low_rank_only(name) and self.is_unwatched() and self.can_fuse(x)
+                and self.in_features == x.shape[-1])
 
     def is_unwatched(self) -> bool:
         """Whether the host's forward is this layer's, and no hook sees its input first."""
@@ -153,10 +233,11 @@ class AdaptedLinear(Adapted):
         return (host._modules.get(CHILD) is self and host.__dict__.get("forward") == self.forward
                 and not host._forward_pre_hooks)
 
-    def projection(self, name: str, weight: float) -> Projection:
-        """The layer and one adapter's change as the fused product takes them."""
+    def projection(self, name: str, weight: float, x: Tensor) -> Projection:
+        """The layer and one adapter's change as the fused product with x takes them."""
         slot = self.slots[name]
-        return Projection(self.weight_OI(), self.host._parameters.get("bias"), *slot.factors(), slot.scaling * weight)
+        return Projection(self.stripped(x) or self.weight_OI(), self._bias(x.dtype), *slot.factors(),
+                          slot.scaling * weight)
 
     @property
     def in_features(self) -> int:
@@ -243,11 +324,35 @@ def share(runs: Sequence[Sequence[AdaptedLinear]]) -> list[Sequence[AdaptedLinea
     for run in runs:
         steady = [layer for layer in run if times[id(layer)] == 1]
         for layer in run:
-            layer.followers = ()
+            layer.followers, layer.narrow = (), None
         if len(steady) > 1:
             steady[0].followers = tuple(steady[1:])
+            narrow = Narrow(steady)
+            for place, layer in enumerate(steady):
+                layer.narrow, layer.place = narrow, place
             groups.append(steady)
     return groups
+
+
+def plain_layers(forward: Callable[[], object]) -> dict[str, tuple[str, ...]]:
+    """Watch one forward: the sites, by reason, that train in plain operations instead of as one fused node.
+
+    Both compute the same. Layers without an active adapter are left out.
+    """
+    found: dict[str, list[str]] = {}
+
+    def note(layer: AdaptedLinear, x: Tensor) -> None:
+        reason = layer.obstacle(x, training=True) if layer.active() else ""
+        if reason and layer.site not in found.setdefault(reason, []):
+            found[reason].append(layer.site)
+
+    with torch.no_grad(), watched_by(note):
+        forward()
+    return {reason: tuple(sites) for reason, sites in found.items()}
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _transformed() -> bool:

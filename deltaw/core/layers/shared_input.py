@@ -1,9 +1,10 @@
 """Projections of one input: q, k and v, or gate and up, are given the very same tensor one after another.
 
 Under training the first of them computes all of them, as one node of the autograd graph, and the others find their
-output ready. Who they are is not read from names: `watching` a forward shows which layers are called in a row with one
-tensor. That is an explicit step before training and not learned on the way, so that the first step, a step after
-resuming and a recomputed layer do the same arithmetic as any other.
+output ready. While a compiler traces them, the first makes the narrow products xAᵀ of all (`Narrow`). Who they are is
+not read from names: `watching` a forward shows which layers are called in a row with one tensor. That is an explicit
+step before training and not learned on the way, so that the first step, a step after resuming and a recomputed layer do
+the same arithmetic as any other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,8 +27,7 @@ class Calls(threading.local):
         self.input: weakref.ref[Tensor] | None = None
         self.version, self.key = 0, None
         self.ready: dict[int, tuple[object, Tensor]] = {}
-        self.watched: list[list[Any]] | None = None
-        self.watched_input: Tensor | None = None
+        self.watcher: Callable[[Any, Tensor], None] | None = None
 
     def take(self, layer: object, x: Tensor, key: Any, followers: Sequence[Any],
              compute: Callable[[list[Any]], Sequence[Tensor]]) -> Tensor:
@@ -42,26 +44,57 @@ class Calls(threading.local):
         self.input, self.version, self.key = (weakref.ref(x), x._version, key) if followers else (None, 0, None)
         return outputs[0]
 
-    def watch(self, layer: object, x: Tensor) -> None:
-        """Note that a layer is called with x, where somebody watches."""
-        if self.watched is None:
-            return
-        if x is self.watched_input:
-            self.watched[-1].append(layer)
-        else:
-            self.watched.append([layer])
-        self.watched_input = x  # kept, so that the next tensor is not taken for it
-
 
 calls = Calls()
 
 
 @contextmanager
+def watched_by(watcher: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    """Let `watcher` be told of each layer that is called in the block, and its input."""
+    calls.watcher = watcher
+    try:
+        yield
+    finally:
+        calls.watcher = None
+
+
+@contextmanager
 def watching() -> Iterator[list[list[Any]]]:
     """Runs of layers that were called in a row with one tensor, in the order of the forward inside the block."""
-    groups: list[list[Any]] = []
-    calls.watched = groups
-    try:
-        yield groups
-    finally:
-        calls.watched = calls.watched_input = None
+    runs: list[list[Any]] = []
+    inputs: list[Tensor] = []
+
+    def note(layer: Any, x: Tensor) -> None:
+        if inputs and x is inputs[-1]:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+        inputs[:] = [x]  # kept, so that the next tensor is not taken for it
+
+    with watched_by(note):
+        yield runs
+
+
+class Narrow:
+    """xAᵀ of all layers of one input as one product, while a compiler traces the layers one after another.
+
+    The compiler follows what is kept here from layer to layer, and sees plain operations. Nothing is left here at the
+    end of a forward, since the last layer takes the rest away.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = tuple(layers)
+        self.x: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def of(self, place: int, x: Tensor, adapter: str) -> Tensor:
+        """xAᵀ (..., R) of the layer at this place, for one adapter that all layers have."""
+        if place == 0:
+            A = [layer.slots[adapter].factors()[0].to(x.dtype) for layer in self.layers]
+            self.x, self.parts = x, torch.split(F.linear(x, torch.cat(A)), [A_RI.shape[0] for A_RI in A], -1)
+        elif self.x is not x:  # the first was not called with this
+            return F.linear(x, self.layers[place].slots[adapter].factors()[0].to(x.dtype))
+        found = self.parts[place]
+        if place == len(self.layers) - 1:
+            self.x, self.parts = None, ()
+        return found

@@ -12,8 +12,6 @@ tensors only: no modules, no names, no state.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch import Tensor
 from deltaw.core.geometry import Geometry
 
 
-def initialise(A: Tensor, B: Tensor, how: bool | Literal["gaussian"], geometry: Geometry, rank: int,
+def initialise(A: Tensor, B: Tensor, how: bool | str, geometry: Geometry, rank: int,
                generator: torch.Generator | None = None) -> None:
     """Fill new factors in place, so that ΔW = 0 unless `how` is False.
 
@@ -49,7 +47,11 @@ def add_low_rank(y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float)
 
     Where nothing is differentiated the sum goes into y's own storage, which saves a pass over y.
     """
-    h = F.linear(x, A_RI.to(x.dtype))
+    return add_widened(y, F.linear(x, A_RI.to(x.dtype)), B_OR, scale)
+
+
+def add_widened(y: Tensor, h: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """y + s·h Bᵀ, where h (..., R) is x Aᵀ."""
     if y.dtype != h.dtype or autocasts(y):
         return y + (F.linear(h, B_OR.to(h.dtype)) * scale).to(y.dtype)
     y_NO, h_NR, B_RO = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B_OR.to(h.dtype).t()

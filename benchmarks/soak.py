@@ -1,0 +1,168 @@
+"""Soak: a live server under random clients that cancel, load, unload and send nonsense, for a while.
+
+    python benchmarks/soak.py --seconds 600      with the tiny model of the tests; `--quick` for 20 seconds
+
+Every answer is checked against the greedy answer of the same prompt and adapter alone, made beforehand by transformers
+and PEFT. At the end nothing may be left: no place taken, no adapter pinned, no memory grown. Only loopback is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from deltaw.serve.service import Service, open_service
+from tests.cli.conftest import WORDS, write_base
+from tests.serve.conftest import SHAPES, config, live, write_adapter
+
+PROMPTS = ["is the sky blue ?", "hello", "the sea is green", "world is the sky is the sea is the grass is the world"]
+TOKENS = 24
+GROWTH_MIB = 60
+NONSENSE: list[dict[str, Any]] = [
+    {"model": "nobody", "prompt": "x"}, {"model": "tiny"}, {"model": "tiny", "prompt": "x", "max_tokens": 10**9},
+    {"model": "tiny", "prompt": [10**6]}, {"model": "tiny", "prompt": "x", "temprature": 1}]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(Path(folder), 20 if options.quick else options.seconds, options.clients, options.seed)
+    print(json.dumps({"benchmark": "soak", **found}))
+    return 0 if found["ok"] else 1
+
+
+def soak(folder: Path, seconds: float, clients: int, seed: int) -> dict[str, Any]:
+    """Counts of what happened, what was wrong, and what was left."""
+    base = write_base(folder / "base")
+    root = folder / "adapters"
+    paths = {name: write_adapter(base, root / name, i, **fields) for i, (name, fields) in enumerate(SHAPES.items())}
+    settings = config(base, places=5, allow_runtime_loading=True, adapter_root=str(root), adapter_memory=1)
+    with open_service(settings, {}) as service:
+        expected = {(name, prompt): alone(base, paths.get(name), prompt) for name in ("tiny", *paths)
+                    for prompt in PROMPTS}
+        for name, path in paths.items():
+            service.engine.pool.register(name, path)
+        service.engine.pool.budget = 40_000  # not enough for all, so that they come and go
+        with live(service) as url:
+            return run(service, url, expected, seconds, clients, seed)
+
+
+def alone(base: Path, adapter: Path | None, prompt: str) -> str:
+    """The greedy answer of transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    ids = [WORDS.index(word) for word in prompt.split()]
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(TOKENS):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    special = ("<unk>", "<|im_start|>", "<|im_end|>", "<pad>")
+    return " ".join(WORDS[token] for token in ids[start:] if WORDS[token] not in special)
+
+
+def run(service: Service, url: str, expected: dict[tuple[str, str], str], seconds: float, clients: int,
+        seed: int) -> dict[str, Any]:
+    done: Counter[str] = Counter()
+    wrong: list[str] = []
+    end = time.monotonic() + seconds
+    threads = [threading.Thread(target=client, args=(url, expected, end, random.Random(seed + i), done, wrong))
+               for i in range(clients)]
+    warm = threading.Timer(min(seconds / 3, 60), lambda: done.update(rss_warm=resident()))
+    warm.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    warm.join()
+    time.sleep(1)
+    growth = (resident() - done.pop("rss_warm")) / 2**20
+    left = {"running": len(service.engine.scheduler.running), "waiting": service.engine.scheduler.waiting,
+            "places_taken": len(service.engine.scheduler.places.all) - len(service.engine.scheduler.places.free),
+            "pinned": sum(entry.pins for entry in service.engine.pool._by_number.values())}
+    ok = not wrong and not any(left.values()) and growth < GROWTH_MIB and done["right"] > 0
+    return {"ok": ok, "seconds": seconds, "done": dict(done), "wrong": wrong[:5], "left": left,
+            "growth_mib": round(growth, 1), "loads": service.engine.pool.loads,
+            "evictions": service.engine.pool.evictions}
+
+
+def client(url: str, expected: dict[tuple[str, str], str], end: float, rng: random.Random, done: Counter[str],
+           wrong: list[str]) -> None:
+    """One client: mostly questions, sometimes something else."""
+    kinds = [ask] * 6 + [leave, nonsense, reload]
+    with httpx.Client(base_url=url, timeout=60) as http:
+        while time.monotonic() < end:
+            try:
+                done[rng.choice(kinds)(http, expected, rng)] += 1
+            except AssertionError as error:
+                wrong.append(str(error))
+            except Exception as error:
+                wrong.append(repr(error))
+
+
+def ask(http: httpx.Client, expected: dict[tuple[str, str], str], rng: random.Random) -> str:
+    (name, prompt), answer = rng.choice(list(expected.items()))
+    reply = http.post("/v1/completions", json={"model": name, "prompt": prompt, "temperature": 0, "ignore_eos": True,
+                                               "max_tokens": TOKENS})
+    if reply.status_code == 404:  # unloaded just now
+        return "unloaded"
+    assert reply.status_code == 200, reply.text
+    got = " ".join(reply.json()["choices"][0]["text"].split())
+    assert got == answer, f"{name}, {prompt!r}: {got!r} instead of {answer!r}"
+    return "right"
+
+
+def leave(http: httpx.Client, expected: dict[tuple[str, str], str], rng: random.Random) -> str:
+    """Read a few events of a stream, then go."""
+    name, prompt = rng.choice(list(expected))
+    with http.stream("POST", "/v1/completions", json={"model": name, "prompt": prompt, "stream": True,
+                                                      "max_tokens": 40, "n": 2}) as reply:
+        lines = reply.iter_lines()
+        for _ in range(rng.randrange(4)):
+            next(lines, None)
+    return "left"
+
+
+def nonsense(http: httpx.Client, expected: object, rng: random.Random) -> str:
+    status = http.post("/v1/completions", json=rng.choice(NONSENSE)).status_code
+    assert status in (400, 404), status
+    return "refused"
+
+
+def reload(http: httpx.Client, expected: object, rng: random.Random) -> str:
+    name = rng.choice(list(SHAPES))
+    status = http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code
+    assert status in (200, 404), status
+    status = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name}).status_code
+    assert status in (200, 409), status
+    return "reloaded"
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Which arm to take, with the evidence: the smallest that is not surely worse than the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltaw.compare.noise import margin, pooled
+from deltaw.compare.table import Row, best_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A recommendation, and what it rests on."""
+
+    arm: str
+    """The arm to take."""
+    best: str
+    """The arm with the best mean."""
+    figure: str
+    """What they were judged by."""
+    within_noise: tuple[str, ...]
+    """Arms whose difference from the best chance alone exceeds more than one time in twenty."""
+    noise: float | None
+    """Spread between seeds, pooled over arms; None of one seed."""
+    text: str
+    """The recommendation in words."""
+
+
+def advise(rows: Sequence[Row], figure: str) -> Advice | None:
+    """The smallest arm within noise of the best; None where no arm was finished.
+
+    Noise is the spread between seeds, pooled over the arms. With one seed there is none to be known, and the best mean
+    is named with that warning.
+    """
+    ordered = best_first(rows, figure)
+    if not ordered:
+        return None
+    best = ordered[0]
+    top = best.figures[figure]
+    groups = [row.figures[figure] for row in ordered]
+    noise = pooled(groups)
+    if noise is None:
+        text = (f"{best.arm} has the best {figure}, {top.mean:.4g}. With one seed it is not known how much of the "
+                "differences is chance: compare with --seeds 0,1,2.")
+        return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=(), noise=None, text=text)
+    freedom = sum(group.n - 1 for group in groups)
+    close = [row for row in ordered
+             if abs(row.figures[figure].mean - top.mean) <= margin(noise, top, row.figures[figure], freedom)]
+    chosen = min(close, key=lambda row: row.parameters)
+    return Advice(arm=chosen.arm, best=best.arm, figure=figure, within_noise=tuple(row.arm for row in close),
+                  noise=noise, text=_words(chosen, best, figure, noise, margin(noise, top, chosen.figures[figure],
+                                                                              freedom)))
+
+
+def _words(chosen: Row, best: Row, figure: str, noise: float, allowed: float) -> str:
+    mine, top = chosen.figures[figure], best.figures[figure]
+    if chosen is best:
+        return (f"Take {best.arm}: {figure} {top}, the best, and every smaller arm is worse by more than the seeds' "
+                f"noise (± {noise:.2g}).")
+    times = best.parameters / chosen.parameters if chosen.parameters else 0.0
+    return (f"Take {chosen.arm}: {figure} {mine} is within noise of {best.arm}'s {top} (difference "
+            f"{abs(mine.mean - top.mean):.2g}; chance alone exceeds {allowed:.2g} one time in twenty), with "
+            f"{chosen.parameters:,} trained values, {times:.3g} times fewer.")

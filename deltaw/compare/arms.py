@@ -1,0 +1,136 @@
+"""The arms of a study: a label and the options of the run that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from deltaw import bases
+from deltaw.baselines.config import OPTIONS, trains_lora
+from deltaw.compare.config import CompareConfig, SweepConfig, scaled
+from deltaw.compare.study import Run
+from deltaw.core import LoraConfig
+from deltaw.errors import ConfigError, Fault
+from deltaw.switch import attach
+from deltaw.train.config import TrainConfig
+
+RATES: Mapping[str, float] = {
+    "full": 5e-5, "ft-top-k": 5e-5, "bitfit": 1.6e-3, "preembed": 5e-3, "prelayer": 1e-3, "prefix": 1e-3,
+    "adapter-h": 3e-4, "adapter-l": 3e-4, "adapter-p": 3e-4, "adapter-d": 3e-4, "lora": 5e-4, "lora+pe": 5e-4,
+    "lora+pl": 5e-4, "head": 1e-3, "subspace": 1e-2,
+}
+"""Peak rates: the LoRA paper's (Tables 9 to 12) where the model is of their size; where it trains few values on a far
+smaller model (prompts, prefixes, subspaces) the usual larger ones. `arms` overrides them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One arm."""
+
+    label: str
+    options: Mapping[str, Any]
+    """Options of `TrainConfig` that differ; those of the adapter under "lora"."""
+
+
+def arms_of_comparison(config: CompareConfig) -> list[Arm]:
+    """The methods, then the arms that were spelled out."""
+    named = [Arm(method, {"method": method, "learning_rate": RATES.get(method, config.train.learning_rate)})
+             for method in config.methods if method not in config.arms]
+    spelled = [Arm(label, dict(options)) for label, options in config.arms.items()]
+    return [_with_own_options(arm, config) for arm in named + spelled]
+
+
+def _with_own_options(arm: Arm, config: CompareConfig) -> Arm:
+    """The arm with those of the shared options of other methods that are its method's."""
+    method = str(arm.options.get("method", config.train.method))
+    shared = config.baseline.to_dict()
+    own = {name: shared[name] for name in OPTIONS.get(method, ())}
+    return Arm(arm.label, {**arm.options, "baseline": {**own, **arm.options.get("baseline", {})}})
+
+
+def arms_of_sweep(config: SweepConfig) -> list[Arm]:
+    """Every point of the grid; the rank of each target set worked out where a budget is given."""
+    arms: list[Arm] = []
+    budgeted = ranks_in_budget(config) if config.budget is not None else {}
+    for targets in config.targets or (None,):
+        ranks = (budgeted[targets],) if config.budget is not None else config.ranks
+        for rank, rule, rate in product(ranks, config.scales or (None,), config.rates or (None,)):
+            lora: dict[str, Any] = {"r": rank} | ({"target_modules": target_names(targets)} if targets else {})
+            lora |= scaled(replace(config.train.lora, r=rank), rule)
+            rates = {} if rate is None else {"learning_rate": rate}
+            arms.append(Arm(_label(targets, rank, rule, rate), {**rates, "lora": lora}))
+    return arms
+
+
+def runs_of(config: CompareConfig | SweepConfig, arms: list[Arm], *, steps: int | None = None) -> list[Run]:
+    """Each arm with each size and each seed."""
+    sizes = config.sizes if isinstance(config, CompareConfig) else ()
+    latency = isinstance(config, CompareConfig) and config.latency
+    return [Run(arm=arm.label, seed=seed, size=size or None, train=merged(config.train, arm, seed, steps),
+                test=config.test, test_rows=config.test_rows, beams=asdict(config.beams), latency=latency)
+            for arm in arms for size in sizes or (0,) for seed in config.seeds]
+
+
+def merged(train: TrainConfig, arm: Arm, seed: int, steps: int | None) -> dict[str, Any]:
+    """The options of a run: those that all share, the arm's, the seed."""
+    shared = train.to_dict()
+    method = str(arm.options.get("method", train.method))
+    lora = {**(shared["lora"] if trains_lora(method) else {}), **arm.options.get("lora", {})}
+    options = {**shared, **arm.options, "lora": lora, "seed": seed, "resume": False}
+    if steps is not None:
+        options["max_steps"] = steps
+    for name in ("out", "threads"):
+        del options[name]
+    return options
+
+
+def target_names(text: str) -> str | tuple[str, ...]:
+    """The targets that "q_proj+v_proj" stands for."""
+    return text if text == "all-linear" else tuple(text.split("+"))
+
+
+def ranks_in_budget(config: SweepConfig) -> dict[str | None, int]:
+    """For each target set the largest rank with which it has no more values than the budget; no weight is read."""
+    assert config.budget is not None
+    ranks: dict[str | None, int] = {}
+    faults: list[Fault | str] = []
+    for targets in config.targets or (None,):
+        each = values_per_rank(config.train, targets)
+        ranks[targets] = config.budget // each
+        if ranks[targets] < 1:
+            faults.append(Fault("SweepConfig.budget", f"got {config.budget:,}, and '{targets or 'the run'}' has "
+                                f"{each:,} values at rank 1", "a budget for at least rank 1"))
+    if faults:
+        raise ConfigError(*faults)
+    return ranks
+
+
+def values_per_rank(train: TrainConfig, targets: str | None) -> int:
+    """Trained values of a target set at rank 1."""
+    lora = replace(train.lora, r=1, **({"target_modules": target_names(targets)} if targets else {}))
+    base = bases.load_base(train.model, task=train.task, device="meta", **_labels(train))
+    return _count(base.model, lora)
+
+
+def _count(model: Any, lora: LoraConfig) -> int:
+    parameters = attach(model, lora).parameters("default")
+    return sum(p.numel() for name, p in parameters.items() if ".lora_" in name)
+
+
+def _labels(train: TrainConfig) -> dict[str, Any]:
+    return {"labels": ["a", "b"]} if train.task == "seq-cls" else {}
+
+
+def _label(targets: str | None, rank: int, rule: str | None, rate: float | None) -> str:
+    def parts() -> Iterator[str]:
+        if targets is not None:
+            yield targets
+        yield f"r={rank}"
+        if rule is not None:
+            yield "rank-stabilised" if rule == "rs" else f"alpha={rule}"
+        if rate is not None:
+            yield f"rate={rate:g}"
+
+    return " ".join(parts())

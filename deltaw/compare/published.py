@@ -1,0 +1,89 @@
+"""Rows of the LoRA paper's tables (Hu et al. 2021, arXiv 2106.09685v2), to stand beside one's own.
+
+Models and budgets differ: what can be compared is the order of the methods and the distances between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One row of a published table."""
+
+    model: str
+    """The base of that row."""
+    method: str
+    """Our name of its method."""
+    parameters: float
+    """Trained values, as printed."""
+    figures: Mapping[str, float]
+    """Its figures by our names of the metrics."""
+    spread: Mapping[str, float]
+    """The ± printed beside them, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A published table."""
+
+    title: str
+    rows: tuple[Published, ...]
+
+
+def _rows(model: str, names: tuple[str, ...], *rows: tuple[str, float, tuple[float, ...], tuple[float, ...]]
+          ) -> tuple[Published, ...]:
+    return tuple(Published(model, method, parameters, dict(zip(names, values, strict=True)),
+                           dict(zip(names, spread, strict=True)) if spread else {})
+                 for method, parameters, values, spread in rows)
+
+
+_E2E = ("bleu", "nist", "meteor", "rougeL", "cider")
+_TABLE_3 = Table("LoRA paper, Table 3: E2E NLG", _rows(
+    "GPT-2 M", _E2E,
+    ("full", 354.92e6, (68.2, 8.62, 46.2, 71.0, 2.47), ()),
+    ("adapter-l", 0.37e6, (66.3, 8.41, 45.0, 69.8, 2.40), ()),
+    ("adapter-l", 11.09e6, (68.9, 8.71, 46.1, 71.3, 2.47), ()),
+    ("adapter-h", 11.09e6, (67.3, 8.50, 46.0, 70.7, 2.44), (0.6, 0.07, 0.2, 0.2, 0.01)),
+    ("ft-top-k", 25.19e6, (68.1, 8.59, 46.0, 70.8, 2.41), ()),
+    ("prelayer", 0.35e6, (69.7, 8.81, 46.1, 71.4, 2.49), ()),
+    ("lora", 0.35e6, (70.4, 8.85, 46.8, 71.8, 2.53), (0.1, 0.02, 0.2, 0.1, 0.02)),
+))
+_TABLE_2 = Table("LoRA paper, Table 2: SST-2", _rows(
+    "RoBERTa base", ("accuracy",),
+    ("full", 125.0e6, (94.8,), ()),
+    ("bitfit", 0.1e6, (93.7,), ()),
+    ("adapter-d", 0.3e6, (94.2,), (0.1,)),
+    ("adapter-d", 0.9e6, (94.7,), (0.3,)),
+    ("lora", 0.3e6, (95.1,), (0.2,)),
+) + _rows(
+    "RoBERTa large", ("accuracy",),
+    ("full", 355.0e6, (96.4,), ()),
+    ("adapter-p", 3.0e6, (96.1,), (0.3,)),
+    ("adapter-p", 0.8e6, (96.6,), (0.2,)),
+    ("adapter-h", 6.0e6, (96.2,), (0.3,)),
+    ("adapter-h", 0.8e6, (96.3,), (0.5,)),
+    ("lora", 0.8e6, (96.2,), (0.5,)),
+))
+_TABLE_4 = Table("LoRA paper, Table 4: WikiSQL", _rows(
+    "GPT-3 175B", ("logical_form",),
+    ("full", 175_255.8e6, (73.8,), (0.5,)),
+    ("bitfit", 14.2e6, (71.3,), (0.5,)),
+    ("preembed", 3.2e6, (63.1,), (0.5,)),
+    ("prelayer", 20.2e6, (70.1,), (0.5,)),
+    ("adapter-h", 7.1e6, (71.9,), (0.5,)),
+    ("adapter-h", 40.1e6, (73.2,), (0.5,)),
+    ("lora", 4.7e6, (73.4,), (0.5,)),
+    ("lora", 37.7e6, (74.0,), (0.5,)),
+))
+
+TABLES: Mapping[str, Table] = {"e2e": _TABLE_3, "sst2": _TABLE_2, "wikisql": _TABLE_4}
+"""The published table of each task."""
+
+LOW_DATA = Table("LoRA paper, Table 16: MNLI-m with few examples, GPT-3 175B", tuple(
+    Published("GPT-3 175B", method, 0.0, dict(zip(("100", "1k", "10k", "392k"), values, strict=True)), {})
+    for method, values in (("full", (60.2, 85.8, 88.9, 89.5)), ("preembed", (37.6, 75.2, 79.5, 88.6)),
+                           ("prelayer", (48.3, 82.5, 85.9, 89.6)), ("lora", (63.8, 85.6, 89.2, 91.7)))))
+"""Accuracy by number of training examples."""

@@ -1,0 +1,77 @@
+"""From outcomes to rows: one for each arm and size, figures as mean and spread over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from deltaw.compare.figures import LOWER_IS_BETTER
+from deltaw.compare.noise import Measured, measured
+from deltaw.compare.study import Outcome, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One arm of a study."""
+
+    arm: str
+    size: int | None = None
+    """Training examples; None for all."""
+    figures: Mapping[str, Measured] = field(default_factory=dict)
+    """Held-out figures over the seeds that were finished."""
+    parameters: int = 0
+    """Trained values."""
+    share: float = 0.0
+    """Of the base's values."""
+    bytes: int = 0
+    """Saved tensors."""
+    peak_memory: int = 0
+    """The most bytes that a training run of it held."""
+    step_seconds: float = 0.0
+    """Time of a training step, median over seeds."""
+    latency: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a forward pass, median over seeds."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that were finished."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Seeds that were not, and why."""
+    not_applicable: str = ""
+    """Why the method cannot be used on this model."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def rows_of(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> list[Row]:
+    """A row for each arm and size, in the order in which they appear."""
+    groups: dict[tuple[str, int | None], list[tuple[Run, Outcome]]] = {}
+    for run, outcome in zip(runs, outcomes, strict=True):
+        groups.setdefault((run.arm, run.size), []).append((run, outcome))
+    return [_row(arm, size, group) for (arm, size), group in groups.items()]
+
+
+def _row(arm: str, size: int | None, group: Sequence[tuple[Run, Outcome]]) -> Row:
+    done = [(run, outcome) for run, outcome in group if outcome.status == "done"]
+    missing = next((outcome.reason for _, outcome in group if outcome.status == "n/a"), "")
+    failed = {run.seed: outcome.reason for run, outcome in group if outcome.status == "failed"}
+    if not done:
+        return Row(arm=arm, size=size, failed=failed, not_applicable=missing)
+    outcomes = [outcome for _, outcome in done]
+    first = outcomes[0]
+    return Row(
+        arm=arm, size=size, failed=failed, not_applicable=missing, seeds=tuple(run.seed for run, _ in done),
+        figures={name: measured([o.figures[name] for o in outcomes if name in o.figures]) for name in first.figures},
+        parameters=first.parameters, share=first.parameters / first.base_parameters if first.base_parameters else 0.0,
+        bytes=first.bytes, peak_memory=max(o.peak_memory for o in outcomes),
+        step_seconds=median(o.step_seconds for o in outcomes),
+        latency={name: median(o.latency[name] for o in outcomes if name in o.latency) for name in first.latency})
+
+
+def best_first(rows: Sequence[Row], figure: str) -> list[Row]:
+    """The rows that have the figure, the best mean first."""
+    there = [row for row in rows if figure in row.figures]
+    return sorted(there, key=lambda row: row.figures[figure].mean, reverse=figure not in LOWER_IS_BETTER)

@@ -1,0 +1,143 @@
+"""How fast this machine is: products by shape, attention, memory, and the start of an operation. Measured once, kept.
+
+The file lies in `DELTAW_HOME`/plan; its name holds processor, threads, torch's version and number format, so that
+another machine or another number of threads is measured anew. Each figure is the median of several runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from deltaw.bases.gguf import home
+from deltaw.store.atomic import replace_folder
+
+NARROW = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Smallest dimension of the products that are measured."""
+SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
+"""Values of the tensors whose addition is measured."""
+_WIDE = 768
+_LEAST_S, _MOST_S = 0.02, 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """A machine's rates for one number format."""
+
+    narrow_output: Mapping[int, float]
+    """Multiplications and additions a second of a product with this many outputs (as x Aᵀ has)."""
+    narrow_inner: Mapping[int, float]
+    """The same with this many summands (as H Bᵀ has)."""
+    attention: float
+    """Multiplications and additions a second of fused attention."""
+    bytes: Mapping[int, float]
+    """Bytes a second that an addition moves, by the number of its values."""
+    start: float
+    """Seconds that an operation takes at least, its part in the graph and the backward pass included."""
+    seconds: float = 0.0
+    """What measuring took."""
+
+
+def rates_file(dtype: torch.dtype, threads: int) -> Path:
+    """Where the rates of this machine are kept."""
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}"
+    return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
+
+
+def known_rates(dtype: torch.dtype, threads: int) -> Rates | None:
+    """The rates that were measured before, or None."""
+    try:
+        values = json.loads(rates_file(dtype, threads).read_text(encoding="utf-8"))
+        return Rates(**{name: {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
+                        for name, value in values.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def calibrate(dtype: torch.dtype, threads: int) -> Rates:
+    """Measure this machine, in well under two minutes, and keep what was found."""
+    began = time.perf_counter()
+    with _threads(threads), torch.no_grad():
+        output = {n: _product(dtype, 1024, n, _WIDE) for n in NARROW}
+        inner = {k: _product(dtype, 1024, _WIDE, k) for k in NARROW}
+        attention = _attention(dtype)
+        moved = {n: _added(dtype, n) for n in SIZES}
+    with _threads(threads):
+        start = _start()
+    found = Rates(narrow_output=output, narrow_inner=inner, attention=attention, bytes=moved, start=start,
+                  seconds=round(time.perf_counter() - began, 1))
+    file = rates_file(dtype, threads)
+    file.parent.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(file.parent, {file.name: json.dumps(asdict(found)).encode()})
+    return found
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The median time of a call, repeated for about a fifth of a second."""
+    run()
+    times: list[float] = []
+    while (sum(times) < 10 * _LEAST_S and len(times) < 50) or len(times) < 3:
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+        if sum(times) > _MOST_S:
+            break
+    return statistics.median(times)
+
+
+def _product(dtype: torch.dtype, rows: int, outputs: int, inner: int) -> float:
+    x, W = torch.randn(rows, inner).to(dtype), torch.randn(outputs, inner).to(dtype)
+    return 2.0 * rows * outputs * inner / seconds(lambda: x @ W.t())
+
+
+def _attention(dtype: torch.dtype) -> float:
+    q = torch.randn(2, 8, 512, 64).to(dtype)
+    took = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    return 4.0 * 2 * 8 * 64 * 512 * 512 / 2 / took
+
+
+def _added(dtype: torch.dtype, values: int) -> float:
+    a, b = torch.ones(values, dtype=dtype), torch.ones(values, dtype=dtype)
+    return 3.0 * values * a.element_size() / seconds(lambda: a + b)
+
+
+def _start() -> float:
+    """A small operation and its backward pass, per operation."""
+    x = torch.ones(8, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(20):
+            y = y * 1.5
+        y.sum().backward()  # type: ignore[no-untyped-call]
+
+    return seconds(chain) / 42
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+                platform.machine())

@@ -1,0 +1,96 @@
+"""What fits: the largest rank, batch, length and number of adapters, and the cheapest change where nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from deltaw.plan.config import PlanConfig
+from deltaw.plan.forecast import At, Forecast, Setting
+
+_MOST = 1 << 20
+
+
+def largest(forecast: Forecast) -> dict[str, int]:
+    """The largest value of each that fits with the others as asked; 0 where none does."""
+    at, limit = forecast.asked, forecast.setting.device.memory
+    ways: dict[str, Callable[[int], At]] = {
+        "batch_size": lambda n: replace(at, batch=n), "max_length": lambda n: replace(at, length=n)}
+    if forecast.method in ("lora", "qlora"):
+        ways["rank"] = lambda n: replace(at, rank=n)
+    if forecast.method != "full":
+        ways["adapters"] = lambda n: replace(at, adapters=n)
+    most = {"rank": max((t.site.geometry.max_rank for t in forecast.setting.targets if t.rank), default=1)
+            if "rank" in ways else 1}
+    return {name: last(lambda n, way=way: forecast.worst(way(n))[1].total <= limit,  # type: ignore[misc]
+                       most.get(name, _MOST)) for name, way in ways.items()}
+
+
+def last(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n in 1..most for which this holds, where it holds up to some n only; 0 where for none.
+
+    >>> last(lambda n: n * n <= 50, 1000)
+    7
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def cheapest_change(forecast: Forecast) -> str:
+    """What to change so that a run fits that does not, the cheapest first; what it would need where nothing helps."""
+    if not forecast.setting.device.memory:
+        return ""
+    least = forecast.worst()[1].total
+    for text, changed in changes(forecast):
+        needed = changed.worst()[1].total
+        if needed <= changed.setting.device.memory:
+            return text
+        least = min(least, needed)
+    return f"nothing here makes it fit: at the least it needs {least / 1e9:,.1f} GB"
+
+
+def changes(forecast: Forecast) -> Iterator[tuple[str, Forecast]]:
+    """Ways to need less, from one that costs nothing to one that changes what is learned."""
+    config, setting = forecast.setting.config, forecast.setting
+    base = forecast.peak("load").total
+
+    def other(**fields: object) -> Forecast:
+        changed: PlanConfig = replace(config, **fields)  # type: ignore[arg-type]
+        return Forecast(_with(setting, changed), forecast.method)
+
+    if base <= setting.device.memory:
+        batch = last(lambda n: forecast.worst(replace(forecast.asked, batch=n))[1].total <= setting.device.memory,
+                     config.batch_size)
+        if batch:
+            times = -(-config.batch_size // batch)
+            yield (f"batch_size {batch} with grad_accumulation {config.grad_accumulation * times}: the same result",
+                   other(batch_size=batch, grad_accumulation=config.grad_accumulation * times))
+        if config.gradient_checkpointing != "layer":
+            yield ("gradient_checkpointing layer: a step computes a third more", other(gradient_checkpointing="layer"))
+            yield ("batch_size 1 and gradient_checkpointing layer",
+                   other(batch_size=1, gradient_checkpointing="layer",
+                         grad_accumulation=config.grad_accumulation * config.batch_size))
+    if forecast.method == "lora":
+        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora")
+        small = replace(config, batch_size=1, gradient_checkpointing="layer")
+        yield ("a base in 4 bits (qlora), batch_size 1 and gradient_checkpointing layer",
+               Forecast(_with(setting, small), "qlora"))
+    if forecast.method == "full":
+        yield "lora", Forecast(setting, "lora")
+        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora")
+    if config.max_length > 128:
+        yield "max_length 128: longer examples are cut", other(max_length=128, batch_size=1)
+
+
+def _with(setting: Setting, config: PlanConfig) -> Setting:
+    changed = Setting(config, setting.shapes, setting.device, setting.dtype, setting.rates)
+    for name in ("model", "weights", "largest_tensor", "values", "head", "biases", "linears", "targets"):
+        if name in setting.__dict__:  # they do not depend on what is changed here
+            changed.__dict__[name] = setting.__dict__[name]
+    return changed

@@ -1,0 +1,179 @@
+"""Peak memory, in parts: of training, evaluation, saving, merging and loading.
+
+    training = framework + weights + adapters + gradients + optimizer + activations + logits + allocator
+
+`framework` is what a process holds before it has a weight: interpreter, torch, transformers, the data's libraries, and
+on a GPU its context. Activations and gradients are those that `step` finds; logits exist in stretches of a fixed size
+(`deltaw.train.cross_entropy`). `allocator` is what freed memory costs that is not given back: a share of what comes
+and goes, set on measured runs (`benchmarks/plan_accuracy.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from deltaw.plan.config import Method, PlanConfig
+
+Phase = Literal["train", "evaluate", "save", "merge", "load"]
+PHASES: tuple[Phase, ...] = ("train", "evaluate", "save", "merge", "load")
+PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activations", "logits", "allocator")
+
+STRETCH_VALUES = 1 << 24
+"""Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
+FRAMEWORK_CPU = 550 << 20
+"""Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
+FRAMEWORK_GPU = 700 << 20
+"""A CUDA context with cuBLAS's workspace; the host's memory is not counted against the card."""
+RETAINED_CPU, RETAINED_GPU = 0.08, 0.05
+"""Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks."""
+BITS = {"nf4": 4 + 0.127, "fp4": 4 + 0.127, "int8": 8.0}
+"""Of a quantized weight: four bits, and with double quantization 8/64 + 32/(64·256) bits of scales (QLoRA, sec. 3)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by part."""
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return round(sum(self.parts.values()))
+
+    @property
+    def largest(self) -> str:
+        """The part that takes most."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    def to_dict(self) -> dict[str, int]:
+        """Whole bytes by part, and their total."""
+        return {name: round(size) for name, size in self.parts.items()} | {"total": self.total}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What a base and a way of tuning weigh, whatever the batch."""
+
+    weights: int
+    """Bytes of the base in the format that it is computed in."""
+    matrices: int
+    """Values of its linear layers, which a quantizer takes."""
+    largest: int
+    """Values of the largest of them."""
+    largest_tensor: int
+    """Values of its largest tensor."""
+    vocabulary: int
+    width: int
+    trained: int
+    """Trained values."""
+    trained_width: int
+    """Bytes of each: four, but in full fine-tuning and BitFit those of the base's format."""
+    inside: bool
+    """Whether what is trained are the base's own tensors."""
+    trained_head: int = 0
+    """Values of the output layer where it is trained too."""
+    stored: int = 0
+    """Bytes of the base on disk."""
+    recast: bool = False
+    """Whether its weights on disk have another format than the one it is computed in."""
+
+
+def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int) -> tuple[float, float]:
+    """Bytes of the frozen base as this method holds it, and of the buffer that one layer is dequantized into."""
+    if method != "qlora" or config.quantize == "none":
+        return sizes.weights, 0.0
+    packed = sizes.matrices * BITS[config.quantize] / 8
+    return sizes.weights - sizes.matrices * item + packed, sizes.largest * item
+
+
+def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool) -> float:
+    """Bytes of a stretch's logits and of what is computed from them."""
+    if config.task != "causal-lm":
+        return 0.0
+    rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
+    buffers = rows * sizes.vocabulary * (item + max(item, 4))
+    if not learns:
+        return buffers
+    hidden = batch * length * config.supervised * sizes.width * item
+    trained = 2 * sizes.trained_head * item + (rows * sizes.vocabulary * 2 * max(item, 4) if sizes.trained_head else 0)
+    return buffers + hidden + trained
+
+
+def state_bytes(sizes: Sizes, config: PlanConfig) -> float:
+    """AdamW's two moments."""
+    each = 1.0 + 8 / 256 if config.optimizer == "adamw8bit" else sizes.trained_width
+    return 2 * each * sizes.trained
+
+
+def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> dict[str, float]:
+    """What is there from the first step to the last."""
+    base, buffer = base_weights(sizes, config, method, item)
+    own = 0 if sizes.inside else sizes.trained * sizes.trained_width
+    best = sizes.trained * sizes.trained_width
+    return {"framework": framework, "weights": base + buffer, "adapters": config.adapters * own + best,
+            "optimizer": config.adapters * state_bytes(sizes, config)}
+
+
+def training(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, kept: float,
+             over: float, batch: int, length: int, gpu: bool) -> Memory:
+    """The most that a step holds: at the loss, at the start of the backward pass, or at its end."""
+    parts = held(sizes, config, method, item, framework)
+    gradients = config.adapters * sizes.trained * sizes.trained_width
+    z = logits(sizes, config, batch, length, item, learns=True)
+    # Where gradients of the base's size grow while activations shrink, one of the two ends is the peak. Memory of
+    # activations stays with a CPU's allocator for the next step, so that logits come on top of all of it.
+    moments = [(kept, 0.0, z), (kept + over, 0.0, 0.0), (over, gradients, 0.0)] if gpu else [
+        (kept + over, 0.0, z), (over, gradients, z)]
+    activations, grown, z = max(moments, key=sum)
+    parts |= {"gradients": max(grown, gradients if not sizes.inside else 0.0), "activations": activations, "logits": z}
+    share = RETAINED_GPU if gpu else RETAINED_CPU
+    return Memory(parts | {"allocator": share * (activations + grown)})
+
+
+def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, forward: float,
+               cache: float, batch: int, length: int) -> Memory:
+    """The most that an evaluation between two steps holds: a forward pass, or the answers' keys and values."""
+    parts = held(sizes, config, method, item, framework)
+    z = logits(sizes, config, batch, length, item, learns=False)
+    return Memory(parts | {"gradients": 0.0, "activations": max(forward, cache), "logits": z, "allocator": 0.0})
+
+
+def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> Memory:
+    """Writing a checkpoint: tensors, moments and best tensors once more, as the bytes of a file."""
+    parts = held(sizes, config, method, item, framework)
+    copy = checkpoint_bytes(sizes, config)
+    return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": float(copy)})
+
+
+def merging(sizes: Sizes, framework: float) -> Memory:
+    """`deltaw merge`: tensor by tensor; one in its format and in float32, its change, and the adapter."""
+    one = sizes.largest_tensor * (2 + 4 + 4)
+    return Memory({"framework": framework, "weights": float(one), "adapters": 4.0 * sizes.trained})
+
+
+def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> Memory:
+    """Bringing the base in: mapped where its format is right, else tensor by tensor beside its mapped file."""
+    base, _ = base_weights(sizes, config, method, item)
+    quantized = method == "qlora" and config.quantize != "none"
+    mapped = 3 * sizes.largest * 4 if quantized else sizes.stored if sizes.recast else 0
+    return Memory({"framework": framework, "weights": base, "file": float(mapped)})
+
+
+def adapter_bytes(sizes: Sizes) -> int:
+    """The file of what was trained."""
+    return sizes.trained * sizes.trained_width
+
+
+def checkpoint_bytes(sizes: Sizes, config: PlanConfig) -> int:
+    """What a checkpoint to resume from takes on disk: tensors, two moments and the best tensors."""
+    return round(2 * adapter_bytes(sizes) + state_bytes(sizes, config))
+
+
+def item_size(dtype: torch.dtype) -> int:
+    """Bytes of a value."""
+    return torch.empty((), dtype=dtype, device="meta").element_size()

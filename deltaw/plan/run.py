@@ -1,0 +1,174 @@
+"""`plan`: parameters, memory and time of each way of tuning, before a weight is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deltaw import bases
+from deltaw.errors import BaseModelError
+from deltaw.plan import memory
+from deltaw.plan.calibrate import Rates, calibrate, known_rates
+from deltaw.plan.config import Method, PlanConfig, parse_memory
+from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device, find_device
+from deltaw.plan.fit import cheapest_change, largest
+from deltaw.plan.forecast import Forecast, Setting
+from deltaw.plan.memory import Memory, Phase
+from deltaw.plan.shapes import read_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodPlan:
+    """What one way of tuning needs."""
+
+    method: Method
+    parameters: int
+    """Trained values, exactly."""
+    sites: Mapping[str, int] = field(default_factory=dict)
+    """Trained values of each site of a low-rank change."""
+    memory: Mapping[Phase, Memory] = field(default_factory=dict)
+    """The peak of each phase by part; empty where a step of this base cannot be followed."""
+    adapter_bytes: int
+    """The file of what was trained."""
+    checkpoint_bytes: int
+    """A checkpoint to resume from."""
+    step_seconds: float | None = None
+    """An optimizer step; None where this machine was not measured."""
+    total_seconds: float | None = None
+    """The whole run, where its steps are known."""
+    fits: bool | None = None
+    """Whether a run stays within the device's memory."""
+    binds: str = ""
+    """The part of the peak that takes most, and its phase."""
+    largest: Mapping[str, int] = field(default_factory=dict)
+    """The largest rank, batch, length and number of adapters that fit, each with the others as asked."""
+    change: str = ""
+    """Where it does not fit: the cheapest change that makes it."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the highest phase of training."""
+        return max((m.total for phase, m in self.memory.items() if phase != "merge"), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"method": self.method, "parameters": self.parameters, "sites": dict(self.sites),
+                "memory": {phase: m.to_dict() for phase, m in self.memory.items()}, "peak": self.peak,
+                "adapter_bytes": self.adapter_bytes, "checkpoint_bytes": self.checkpoint_bytes,
+                "step_seconds": self.step_seconds, "total_seconds": self.total_seconds, "fits": self.fits,
+                "binds": self.binds, "largest": dict(self.largest), "change": self.change}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer."""
+
+    config: PlanConfig
+    parameters: int
+    """Values of the base."""
+    weights: int
+    """Bytes of the base in its number format."""
+    dtype: str
+    device: Device
+    methods: tuple[MethodPlan, ...]
+    notes: tuple[str, ...] = ()
+    """What the figures rest on."""
+
+    def __getitem__(self, method: str) -> MethodPlan:
+        return next(m for m in self.methods if m.method == method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        device = {"name": self.device.name, "kind": self.device.kind, "memory": self.device.memory}
+        return {"model": self.config.model, "parameters": self.parameters, "weights": self.weights,
+                "dtype": self.dtype, "device": device, "config": self.config.to_dict(),
+                "methods": [m.to_dict() for m in self.methods], "notes": list(self.notes)}
+
+
+def plan(config: PlanConfig, *, search: bool = True, calibrates: bool = False) -> Plan:
+    """What each way of tuning needs on the config's device; no weight is loaded.
+
+    `search` looks for the largest values that fit, and for a change where a run does not. `calibrates` measures this
+    machine first, which takes under two minutes, once. Raises ConfigError and BaseModelError with all that is wrong.
+    """
+    limit = None if config.memory is None else parse_memory(config.memory)
+    device = find_device(config.device, limit)
+    shapes = read_shapes(config.model, task=config.task, num_labels=config.num_labels)
+    dtype = _dtype(config, device)
+    rates = _rates(config, device, dtype, calibrates)
+    setting = Setting(config, shapes, device, dtype, rates)
+    methods = tuple(_method(Forecast(setting, method), search=search) for method in config.methods)
+    return Plan(config=config, parameters=setting.values, weights=setting.weights,
+                dtype=str(dtype).removeprefix("torch."), device=device, methods=methods,
+                notes=tuple(_notes(setting, methods)))
+
+
+def loading(config: PlanConfig) -> tuple[Memory, Device]:
+    """What bringing the base in takes at its peak, and the device; nothing is run, so that it costs next to nothing."""
+    device = find_device(config.device)
+    shapes = read_shapes(config.model, task=config.task, num_labels=config.num_labels)
+    setting = Setting(config, shapes, device, _dtype(config, device), None)
+    return Forecast(setting, "lora").peak("load"), device
+
+
+def _dtype(config: PlanConfig, device: Device) -> torch.dtype:
+    if config.dtype == "auto" and not device.here and device.tflops is not None:
+        return torch.bfloat16 if "bf16" in device.tflops else torch.float16
+    return bases.choose_dtype(config.dtype, "cpu" if device.kind == "cpu" else "cuda")[0]
+
+
+def _rates(config: PlanConfig, device: Device, dtype: torch.dtype, calibrates: bool) -> Rates | None:
+    if not device.here:
+        return None
+    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or torch.get_num_threads()
+    return calibrate(dtype, threads) if calibrates else known_rates(dtype, threads)
+
+
+def _method(forecast: Forecast, *, search: bool) -> MethodPlan:
+    """One column; of a base whose step cannot be followed, the counts and files alone."""
+    setting, config = forecast.setting, forecast.setting.config
+    sizes = forecast.sizes(config.lora.r)
+    sites = {t.site.name: t.parameters for t in setting.targets} if forecast.method in ("lora", "qlora") else {}
+    files: dict[str, int] = {"adapter_bytes": memory.adapter_bytes(sizes),
+                             "checkpoint_bytes": memory.checkpoint_bytes(sizes, config)}
+    counted = MethodPlan(method=forecast.method, parameters=sizes.trained, sites=sites, **files)
+    if not sizes.trained:
+        return counted
+    try:
+        peaks = {phase: forecast.peak(phase) for phase in memory.PHASES}
+    except BaseModelError:
+        return counted
+    phase, worst = forecast.worst()
+    step = forecast.step_seconds()
+    steps = config.steps
+    fits = worst.total <= setting.device.memory
+    return MethodPlan(
+        method=forecast.method, parameters=sizes.trained, sites=sites, memory=peaks, step_seconds=step,
+        total_seconds=None if step is None or steps is None else step * steps, fits=fits,
+        binds=f"{worst.largest} ({phase})", largest=largest(forecast) if search else {},
+        change=cheapest_change(forecast) if search and not fits else "", **files)
+
+
+def _notes(setting: Setting, methods: tuple[MethodPlan, ...]) -> list[str]:
+    """What the figures rest on, for people."""
+    device, found = setting.device, []
+    if not device.here:
+        found.append(f"time on {device.name} is an estimate: its {device.source}'s rates times {COMPUTE_SHARE:.0%} "
+                     f"(products) and {BANDWIDTH_SHARE:.0%} (memory)")
+        if device.name.startswith("m") and device.name[1:2].isdigit():
+            found.append(f"{device.name} is sold with several sizes of memory: give its own with --memory")
+    elif setting.rates is None:
+        found.append("time is not known: measure this machine once with `deltaw plan --calibrate` (under two minutes)")
+    if setting.shapes.converted:
+        found.append("a GGUF file is converted once before it is first used; that takes its float32 size in memory")
+    if any(m.parameters and not m.memory for m in methods):
+        found.append("a step of this base cannot be followed without data: its parameters are counted, its memory "
+                     "is not known")
+    idle = [m.method for m in methods if not m.parameters]
+    if idle:
+        found.append(f"{', '.join(idle)}: this base has nothing for it to train")
+    return found

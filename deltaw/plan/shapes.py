@@ -1,0 +1,177 @@
+"""The shapes of a base: from a published shape's name, a folder's headers, a GGUF file's, or those of a Hub repository.
+
+No weight is read, and of the Hub nothing is fetched but a config and the first bytes of each safetensors file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.bases.quiet import quiet_transformers
+from deltaw.bases.sources import PACKAGE, Place, find_base, read_config
+from deltaw.errors import BaseModelError, Fault, near
+from deltaw.plan.architectures import ARCHITECTURES
+
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
+         "I8": 8, "U8": 8, "BOOL": 8}
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """What is known of a base without its weights."""
+
+    source: str
+    """The base as it was asked for."""
+    config: Any
+    """Its config, as transformers has it."""
+    stored_bytes: int = 0
+    """Size of its weights on disk; 0 where there are none."""
+    stored_dtype: torch.dtype | None = None
+    """Number format of most of them."""
+    converted: bool = False
+    """Whether its file has to be converted first, as a GGUF file is."""
+
+    @property
+    def layers(self) -> int:
+        """How often the network repeats its layer."""
+        return int(getattr(self.config.get_text_config(), "num_hidden_layers", 1))
+
+    @property
+    def period(self) -> int:
+        """After how many layers the kinds of layers repeat."""
+        kinds = getattr(self.config.get_text_config(), "layer_types", None) or ["same"]
+        return next(n for n in range(1, len(kinds) + 1)
+                    if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+
+    def skeleton(self, task: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+        """The network with shapes and no values, all of it or its first layers; frozen, in training mode."""
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        config = self.config if layers is None else _cut(self.config, layers)
+        auto: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+        try:
+            with quiet_transformers(), torch.device("meta"):
+                model = auto.from_config(config, dtype=dtype)
+        except ValueError as error:  # transformers' words for an architecture without this head
+            raise BaseModelError(Fault(f"base '{self.source}'", f"its architecture '{self.config.model_type}' has no "
+                                       f"form for task '{task}'", "another base, or another task")) from error
+        network: nn.Module = model.train().requires_grad_(False)
+        return network
+
+
+def read_shapes(model: str, *, task: str = "causal-lm", num_labels: int = 2) -> Shapes:
+    """What is known of the base `model`; raises BaseModelError where its shapes cannot be found."""
+    if model in ARCHITECTURES:
+        found = Shapes(source=model, config=_from_values(model, dict(ARCHITECTURES[model])))
+    elif is_local(model):
+        found = _local(model, find_base(model))
+    else:
+        found = _hub(model)
+    if task == "seq-cls":
+        found.config.num_labels = num_labels
+        if found.config.pad_token_id is None:
+            found.config.pad_token_id = 0
+    return found
+
+
+def is_local(model: str) -> bool:
+    """Whether this names files of this machine, and no Hub repository."""
+    path = Path(model).expanduser()
+    return model.startswith(PACKAGE) or path.exists() or path.suffix.lower() == ".gguf" or model.count("/") != 1
+
+
+def _local(model: str, place: Place) -> Shapes:
+    if place.gguf is not None:
+        return Shapes(source=model, config=_from_gguf(place), stored_bytes=place.gguf.stat().st_size, converted=True)
+    from deltaw.merge.checkpoint import read_checkpoint
+
+    tensors = read_checkpoint(place.folder).tensors.values()
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
+    return Shapes(source=model, config=_from_values(model, read_config(place)), stored_bytes=sum(sizes.values()),
+                  stored_dtype=_most(sizes))
+
+
+def _most(sizes: dict[str, int]) -> torch.dtype | None:
+    return _STORED.get(max(sizes, key=lambda name: sizes[name], default=""))
+
+
+def _from_gguf(place: Place) -> Any:
+    """The config that a GGUF file's header amounts to."""
+    from transformers import AutoConfig
+
+    assert place.gguf is not None
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf.name)
+    except Exception as error:  # the reader raises whatever its parsing of the bytes meets
+        raise BaseModelError(Fault(f"base '{place.source}'", f"its header cannot be read: {_first_line(error)}",
+                                   "a GGUF file of an architecture that transformers converts")) from error
+
+
+def _hub(model: str) -> Shapes:
+    """Config and headers of a Hub repository."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"base '{model}'"
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(model)
+        file = huggingface_hub.hf_hub_download(model, "config.json")
+    except errors.NotASafetensorsRepoError as error:
+        raise BaseModelError(Fault(where, "has no safetensors headers on the Hub", "weights as safetensors",
+                                   "Plan by the name of a published shape, or by a folder with a config.json "
+                                   "and weights")) from error
+    except errors.GatedRepoError as error:
+        raise BaseModelError(Fault(where, "is gated", "an account that was given access",
+                                   "Ask for access on its page, then: hf auth login")) from error
+    except Exception as error:  # the HTTP library, and so the class of a failed connection, differs by version
+        raise BaseModelError(Fault(where, "is neither a folder nor a published shape known here, and its headers "
+                                   f"cannot be read from the Hub ({_first_line(error)})", "a folder, a Hub id, or one "
+                                   "of " + ", ".join(ARCHITECTURES), near(model.rpartition("/")[2].lower(),
+                                                                          ARCHITECTURES))) from error
+    place = Place(model, "hub", Path(file).parent)
+    sizes = {dtype: count * _BITS.get(dtype, 16) // 8 for dtype, count in metadata.parameter_count.items()}
+    return Shapes(source=model, config=_from_values(model, read_config(place)), stored_bytes=sum(sizes.values()),
+                  stored_dtype=_most(sizes))
+
+
+def _from_values(model: str, values: dict[str, Any]) -> Any:
+    """The config that transformers makes of these values."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise BaseModelError(Fault(f"base '{model}'", f"has the unknown architecture {kind!r}",
+                                   "a model type that transformers knows", near(str(kind), CONFIG_MAPPING.keys())))
+    try:
+        with quiet_transformers():
+            return AutoConfig.for_model(kind, **values)
+    except Exception as error:  # a config checks its own values, each in its own way
+        raise BaseModelError(Fault(f"base '{model}'", "has a config.json that does not load: "
+                                   + _first_line(error))) from error
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """The config of the network's first layers."""
+    values = config.to_dict()
+    text = config.get_text_config()
+    if text is not config:
+        return config  # a composed model: too many kinds of parts to cut
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values |= {name: layers}
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][:layers]
+    kind = values.pop("model_type")
+    return type(config)(**{k: v for k, v in values.items() if k != "transformers_version"}) if kind else config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

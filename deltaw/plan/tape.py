@@ -1,0 +1,179 @@
+"""What a step keeps and computes, found by running it on tensors that have shapes and no values.
+
+The step is the real one: the network's own forward, the fused low-rank nodes, gradient checkpointing, autograd's
+backward. On torch's meta device none of it costs memory or arithmetic. A `Tape` listens to every operation: it adds up
+the tensors that are alive, as an allocator would see them, and counts multiplications and bytes. No formula for any
+architecture is written anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_CREATING = {"empty", "zeros", "ones", "full", "new_empty", "new_zeros", "empty_like", "zeros_like", "arange"}
+_BACKWARD_OF_ATTENTION = 2.5
+"""Products in the backward pass of attention for each product of its forward: five for two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What operations cost, by class. Matrix products by (batch, M, N, K), the others by the bytes they move."""
+
+    products: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    attention: float = 0.0
+    """Multiplications and additions inside fused attention."""
+    moved: float = 0.0
+    """Bytes read and written by everything that is no product."""
+    calls: float = 0.0
+    """Operations started."""
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of all products and of attention."""
+        return self.attention + sum(2.0 * math.prod(shape) * times for shape, times in self.products.items())
+
+    def __add__(self, other: Work) -> Work:
+        return self.plus(other, 1.0)
+
+    def plus(self, other: Work, times: float) -> Work:
+        """This and `times` the other."""
+        products: Counter[tuple[int, int, int, int]] = Counter(self.products)
+        for shape, count in other.products.items():
+            products[shape] += count * times  # type: ignore[assignment]  # a share of a layer is no whole number
+        return Work(products, self.attention + times * other.attention, self.moved + times * other.moved,
+                    self.calls + times * other.calls)
+
+
+class Tape(TorchDispatchMode):
+    """Listens to the operations in its block. `known` tensors, such as weights, were there before and are not counted.
+
+    `answer` is given to the few questions about values that a forward asks: is nothing padded, is this one example?
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), *, answer: bool = True) -> None:
+        super().__init__()
+        self.answer = answer
+        self.now = self.peak = 0
+        self.work = Work()
+        self._products: Counter[tuple[int, int, int, int]] = self.work.products
+        self._attention = self._moved = self._calls = 0.0
+        self._sizes: dict[int, int] = {}
+        for tensor in known:
+            self._meet(tensor.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is _aten._local_scalar_dense.default and args[0].is_meta:
+            return self.answer
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        new = False
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
+                new = True
+                self._meet(storage, storage.nbytes())
+        self._count(func, args, kwargs or {}, made, new)
+        return out
+
+    def restart(self) -> None:
+        """Take the present as the new peak."""
+        self.peak = self.now
+
+    def total(self) -> Work:
+        """The work heard so far."""
+        return Work(Counter(self._products), self._attention, self._moved, self._calls)
+
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> None:
+        self._sizes[storage._cdata] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: list[Tensor],
+               new: bool) -> None:
+        name = func._schema.name.partition("::")[2]
+        in_place = name.endswith("_") or "out" in kwargs
+        if not (new or in_place) or name in _CREATING:
+            return  # a view, or memory that nobody has written yet
+        self._calls += 1
+        shape = _product(name, args)
+        if shape is not None:
+            self._products[shape] += 1
+        elif "attention" in name:
+            self._attention += _attention(name, args)
+        else:
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self._moved += sum(t.numel() * t.element_size() for t in [*inputs, *made])
+
+
+def _product(name: str, args: tuple[Any, ...]) -> tuple[int, int, int, int] | None:
+    """(batch, M, N, K) of a matrix product."""
+    if name in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
+        args, name = args[1:], "bmm" if name.startswith("b") else "mm"
+    if name == "mm":
+        return 1, args[0].shape[0], args[1].shape[1], args[0].shape[1]
+    if name == "bmm":
+        return args[0].shape[0], args[0].shape[1], args[1].shape[2], args[0].shape[2]
+    return None
+
+
+def _attention(name: str, args: tuple[Any, ...]) -> float:
+    """Multiplications and additions of fused attention; half of the square where it looks back only."""
+    backward = name.endswith("backward")
+    query, key = args[1:3] if backward else args[:2]
+    heads, width = query.shape[1], query.shape[-1]
+    places = next((a for a in args if isinstance(a, Tensor) and a.dtype == torch.int32), None)
+    if places is not None:
+        pairs = sum((b - a) ** 2 for a, b in pairwise(places.tolist())) / 2
+    else:
+        causal = any(a is True for a in args)
+        pairs = query.shape[0] * query.shape[2] * key.shape[2] / (2 if causal else 1)
+    return 4.0 * heads * width * pairs * (_BACKWARD_OF_ATTENTION if backward else 1.0)
+
+
+@contextmanager
+def as_on_cpu() -> Iterator[None]:
+    """Attention as torch computes it on a CPU, where meta tensors would take the way that keeps all scores.
+
+    The function is exchanged in its module, since a mode of torch is left while autograd runs a recomputed layer.
+    """
+    own = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+        if dropout_p or not query.is_meta:
+            return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch makes numbers of it first
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        return out
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer."""
+    return [*module.parameters(), *module.buffers()]

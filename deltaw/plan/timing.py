@@ -1,0 +1,79 @@
+"""The time of a step: what it computes, divided by how fast that goes.
+
+    seconds = Σ products / rate(shape) + attention / rate + Σ max(bytes / bandwidth, start)
+
+The work is what a `Tape` heard, with the output layer and the optimizer added. Rates are measured ones on this machine,
+and shares of a data sheet's on another, which makes an estimate and no promise.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+
+from deltaw.plan.calibrate import Rates
+from deltaw.plan.config import PlanConfig
+from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
+from deltaw.plan.memory import STRETCH_VALUES, Sizes
+from deltaw.plan.tape import Work
+
+_PASSES_OF_LOSS = 8
+"""Times that a stretch's logits are read or written by the loss and its gradient."""
+_PASSES_OF_ADAMW = 7
+"""Parameter, gradient and two moments read; parameter and moments written."""
+_GPU_START = 5e-6
+
+
+def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: int) -> Work:
+    """A whole forward and backward pass: the network's body, the output layer and the loss."""
+    if config.task != "causal-lm":
+        return body
+    rows = max(1, round(batch * length * config.supervised))
+    stretch = min(rows, max(1, STRETCH_VALUES // sizes.vocabulary))
+    head = Work()
+    products = 3 if sizes.trained_head else 2
+    head.products[1, stretch, sizes.vocabulary, sizes.width] = 1
+    head.products[1, stretch, sizes.width, sizes.vocabulary] = products - 1
+    moved = Work(moved=float(_PASSES_OF_LOSS * 4 * rows * sizes.vocabulary), calls=10.0 * rows / stretch)
+    return body.plus(head, rows / stretch).plus(moved, 1.0)
+
+
+def seconds_here(work: Work, rates: Rates) -> float:
+    """On this machine, by the rates that were measured."""
+    total = work.attention / rates.attention
+    for (batch, rows, outputs, inner), times in work.products.items():
+        flops = 2.0 * batch * rows * outputs * inner
+        narrow = between(rates.narrow_inner, inner) if inner < min(rows, outputs) else \
+            between(rates.narrow_output, min(rows, outputs))
+        total += times * (flops / narrow + rates.start)
+    others = max(1.0, work.calls - sum(work.products.values()))
+    size = work.moved / others / 3 / 4
+    return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * rates.start)
+
+
+def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:
+    """On a named device, by its data sheet: an estimate."""
+    assert device.tflops is not None
+    rate = device.tflops.get(dtype, device.tflops["fp32"]) * 1e12 * COMPUTE_SHARE
+    bandwidth = device.bandwidth * 1e9 * BANDWIDTH_SHARE
+    return max(work.flops / rate + work.moved / bandwidth, work.calls * _GPU_START)
+
+
+def optimizer_seconds(sizes: Sizes, device: Device, rates: Rates | None) -> float:
+    """An AdamW step."""
+    moved = float(_PASSES_OF_ADAMW * sizes.trained * sizes.trained_width)
+    if rates is not None:
+        return moved / between(rates.bytes, 1 << 23)
+    return moved / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
+
+
+def between(table: Mapping[int, float], size: int) -> float:
+    """A rate for this size: on the line between the measured neighbours, both axes logarithmic."""
+    sizes = sorted(table)
+    if size <= sizes[0] or size >= sizes[-1]:
+        return table[sizes[0] if size <= sizes[0] else sizes[-1]]
+    at = bisect.bisect_right(sizes, size)
+    low, high = sizes[at - 1], sizes[at]
+    share = math.log(size / low) / math.log(high / low)
+    return table[low] ** (1 - share) * table[high] ** share

@@ -1,0 +1,239 @@
+"""The engine: one thread that runs step after step, and takes what others ask of it between two steps.
+
+    submit, cancel, call     from any thread; nothing of the engine's state is touched outside its own thread
+    a step                   plan (scheduler), enter adapters (pool → banks), forward (runner), choose (sampler), tell
+
+What fails for one adapter ends the requests that use it; what fails in a forward ends those that ran. The engine goes
+on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from deltaw.errors import DeltawError
+from deltaw.serve.banks import Banks, Factors, blended
+from deltaw.serve.fit import Fitted
+from deltaw.serve.merging import AutoMerge
+from deltaw.serve.pool import Pool
+from deltaw.serve.request import Blend, Event, FinishReason, OnEvent, SamplingParams, Sequence
+from deltaw.serve.runner import Runner
+from deltaw.serve.sampling import Sampler
+from deltaw.serve.scheduler import Chunk, Scheduler, Step
+from deltaw.serve.text import TextStream
+
+R = TypeVar("R")
+IDLE_S = 0.5
+"""Seconds after which an engine with nothing to do looks around again."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was done since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    written_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    step_seconds: float = 0.0
+
+
+class Engine:
+    """Serves sequences over one model; `start` it, `submit` to it, `stop` it."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, pool: Pool[Fitted], banks: Banks, *,
+                 decode: Callable[[Iterable[int]], str], ends: Iterable[int], sampler: Sampler | None = None,
+                 merge: AutoMerge | None = None) -> None:
+        self.scheduler, self.pool, self.counters = scheduler, pool, Counters()
+        self._runner, self._banks, self._decode, self._ends = runner, banks, decode, frozenset(ends)
+        self._sampler, self._merge = sampler or Sampler(), merge
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._texts: dict[int, TextStream] = {}
+        self._numbers = itertools.count(1)
+        self._thread = threading.Thread(target=self._loop, name="deltaw-engine", daemon=True)
+        self._stopping = False
+
+    # -- from any thread ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to run."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the present step; what runs is cancelled."""
+        self._asked.put(None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, prompt: Iterable[int], mix: Mapping[str, float], params: SamplingParams,
+               on_events: Iterable[OnEvent], *, deadline: float = float("inf")) -> Future[list[Sequence]]:
+        """Let one answer for each of `on_events` be written, with these adapters and weights; empty is the base.
+
+        `deadline` is in seconds of `time.monotonic`. The result fails with `QueueFull`, and with `StateError` for an
+        unknown adapter. Several answers to one request with a seed get seeds that follow each other.
+        """
+        tokens = tuple(prompt)
+
+        def add() -> list[Sequence]:
+            blend = tuple(sorted((self.pool.resolve(name), weight) for name, weight in mix.items() if weight))
+            sequences = [Sequence(next(self._numbers), tokens, blend, _seeded(params, i), on_event, deadline)
+                         for i, on_event in enumerate(on_events)]
+            self.scheduler.add(*sequences)
+            for sequence in sequences:
+                self.pool.pin(blend)
+                self._texts[sequence.number] = TextStream(self._decode, params.stop)
+            return sequences
+
+        return self.call(add)
+
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """End sequences; their places are free before the next step."""
+        def end() -> None:
+            for sequence in sequences:
+                self._end(sequence, "cancelled")
+
+        self.call(end)
+
+    def call(self, function: Callable[[], R]) -> Future[R]:
+        """Run a function in the engine's thread, between two steps."""
+        result: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._asked.put(run)
+        return result
+
+    # -- in the engine's thread --------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._listen()
+            if not self.scheduler.idle:
+                self.step()
+        for sequence in list(self.scheduler.sequences()):
+            self._end(sequence, "cancelled")
+
+    def _listen(self) -> None:
+        """Do what was asked; wait for something where there is nothing else to do."""
+        wait = self.scheduler.idle
+        while True:
+            try:
+                asked = self._asked.get(block=wait, timeout=IDLE_S if wait else None)
+            except queue.Empty:
+                return
+            wait = False
+            if asked is None:
+                self._stopping = True
+                return
+            asked()
+
+    def step(self) -> None:
+        """One step: everybody who runs gets a token, or a part of their prompt computed."""
+        began = time.monotonic()
+        for sequence in [s for s in self.scheduler.sequences() if s.deadline < began]:
+            self._end(sequence, "timeout")
+        step = self.scheduler.plan(self._admits)
+        for start in step.starts:
+            self._runner.begin(start)
+        self._enter(step)
+        if not step.chunks:
+            return
+        try:
+            complete, logits = self._runner.run(step.chunks)
+            chosen = self._sampler.choose(logits, [chunk.sequence for chunk in complete])
+        except Exception as error:  # whatever a model raises: those who ran are told, and the others go on
+            traceback.print_exc()
+            for chunk in step.chunks:
+                self._fail(chunk.sequence, error)
+            return
+        self.scheduler.done(step)
+        self._count(step, complete, time.monotonic() - began)
+        for chunk, (token, logprob) in zip(complete, chosen, strict=True):
+            self._tell(chunk.sequence, token, (logprob,) if logprob is not None else ())
+
+    def _admits(self, blend: Blend) -> bool:
+        return self.pool.fits(blend, {s.blend for s in self.scheduler.running})
+
+    def _enter(self, step: Step) -> None:
+        """Have the factors of everybody who runs in place; an adapter that cannot be read ends its requests."""
+        running = {sequence.blend for sequence in self.scheduler.running}
+        if self._merge is not None:
+            self._banks.merged = self._merge.choose(self.scheduler.sequences(), self.factors)
+        for blend in dict.fromkeys(chunk.sequence.blend for chunk in step.chunks):
+            try:
+                if blend != self._banks.merged and blend not in self._banks.where:
+                    self._banks.enter(blend, self.factors(blend), running)
+            except (DeltawError, OSError) as error:
+                for chunk in [c for c in step.chunks if c.sequence.blend == blend]:
+                    step.chunks.remove(chunk)
+                    self._fail(chunk.sequence, error)
+
+    def factors(self, blend: Blend) -> Factors:
+        """The factors of a blend, its adapters read if need be."""
+        running = {number for sequence in self.scheduler.running for number, _ in sequence.blend}
+        parts = [(self.pool.get(number, running).factors, weight) for number, weight in blend]
+        return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else blended(parts)
+
+    def _tell(self, sequence: Sequence, token: int, logprobs: tuple[object, ...]) -> None:
+        """Note a sequence's next token, and end it where it ends."""
+        text = self._texts[sequence.number]
+        ended = token in self._ends and not sequence.params.ignore_eos
+        sequence.written.append(token)
+        piece = "" if ended else text.push(token)
+        finish: FinishReason | None = "stop" if ended or text.stopped else None
+        if finish is None and len(sequence.written) >= sequence.params.max_tokens:
+            finish = "length"
+        if finish is not None:
+            piece += text.flush()
+        reused = sequence.reused if len(sequence.written) == 1 else 0
+        event = Event(piece, (token,), logprobs, finish, reused=reused)  # type: ignore[arg-type]
+        if finish is None:
+            sequence.on_event(event)
+        else:
+            self._end(sequence, finish, event)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._end(sequence, "error", Event(finish="error", error=str(error) or type(error).__name__,
+                                           refused=isinstance(error, DeltawError)))
+
+    def _end(self, sequence: Sequence, finish: FinishReason, event: Event | None = None) -> None:
+        """Free everything of a sequence, then say so."""
+        if self._texts.pop(sequence.number, None) is None:
+            return
+        self.scheduler.remove(sequence)
+        self._sampler.forget(sequence)
+        self.pool.unpin(sequence.blend)
+        self.counters.finished[finish] = self.counters.finished.get(finish, 0) + 1
+        sequence.on_event(event or Event(finish=finish))
+
+    def _count(self, step: Step, complete: list[Chunk], seconds: float) -> None:
+        counters = self.counters
+        counters.steps += 1
+        counters.step_seconds += seconds
+        counters.written_tokens += len(complete)
+        counters.prompt_tokens += sum(min(c.end, len(c.sequence.prompt)) - c.start for c in step.chunks
+                                      if c.start < len(c.sequence.prompt))
+        counters.reused_tokens += sum(start.reused for start in step.starts)
+
+
+def _seeded(params: SamplingParams, index: int) -> SamplingParams:
+    from dataclasses import replace
+
+    return params if params.seed is None or not index else replace(params, seed=params.seed + index)

@@ -1,0 +1,38 @@
+"""The application: routes, guard and errors put together over one service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from deltaw import __version__
+from deltaw.serve.http import errors, openai, operations
+from deltaw.serve.http.guard import Guard
+
+if TYPE_CHECKING:
+    from deltaw.serve.service import Service
+
+
+class Draining:
+    """Whether the server has begun to stop: what runs ends, nothing new is taken."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def __call__(self) -> bool:
+        """Whether it has begun."""
+        return self.begun
+
+
+def create_app(service: Service, draining: Draining | None = None) -> FastAPI:
+    """The ASGI application over a running service."""
+    draining = draining or Draining()
+    app = FastAPI(title="deltaw", version=__version__, redoc_url=None,
+                  description="One base, many adapters: OpenAI's API, with the adapter chosen by `model`.")
+    errors.add_handlers(app)
+    for routes in (openai.router(service), operations.adapters(service), operations.state(service, draining)):
+        app.include_router(routes)
+    app.add_middleware(Guard, api_key=service.config.api_key, max_bytes=service.config.max_request_bytes,
+                       draining=draining)
+    return app

@@ -1,0 +1,225 @@
+"""The adapters that there are: registered by name and folder, in memory only while they are used.
+
+An idle adapter is a record of some hundred bytes. It is read at the first request, kept while requests use it, and then
+until the memory is needed, the one that was used longest ago first. Every registration has a number of its own, never
+used again, and so has every new content of its folder: what was computed under a name before is not found under it
+after. A request that began with the old content ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from sys import intern
+from typing import Any, Generic, Protocol, TypeVar
+
+from deltaw.errors import AdapterFileError, ConfigError, DeltawError, Fault, StateError, near
+from deltaw.serve.request import Blend
+from deltaw.store.locate import CONFIG_FILE, TENSORS_FILE, find_folder
+
+MAX_CONFIG = 1_000_000
+
+
+class Sized(Protocol):
+    """What the pool keeps: anything that knows its size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
+
+T = TypeVar("T", bound=Sized)
+Identity = tuple[int, int, int, int]
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[T]):
+    """One registered adapter."""
+
+    number: int
+    name: str
+    path: Path
+    identity: Identity | None
+    rank: int
+    targets: tuple[str, ...]
+    file_bytes: int
+    created: int
+    loaded: T | None = None
+    pins: int = 0
+    used: int = 0
+    gone: bool = False
+    """Unregistered, or replaced by new content; only requests that began before still use it."""
+
+
+class Pool(Generic[T]):
+    """Entries by name and by number; `load` reads and checks a folder."""
+
+    def __init__(self, load: Callable[[Path], T], *, budget: int, on_gone: Callable[[int], None] = lambda number: None,
+                 reserved: Iterable[str] = ()) -> None:
+        self._load, self.budget, self._on_gone, self._reserved = load, budget, on_gone, frozenset(reserved)
+        self._by_name: dict[str, Entry[T]] = {}
+        self._by_number: dict[int, Entry[T]] = {}
+        self._numbers = self._clock = 0
+        self.loads = self.evictions = 0
+
+    # -- which there are ---------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Registered names, in the order they came. May be asked from any thread: the copy is one step of Python's."""
+        return tuple(self._by_name)
+
+    @property
+    def entries(self) -> tuple[Entry[T], ...]:
+        """The entries of all names, as `names`."""
+        return tuple(self._by_name.values())
+
+    def entry(self, name: str) -> Entry[T]:
+        """The entry of a name."""
+        if name not in self._by_name:
+            raise StateError(Fault(f"adapter '{name}'", "is not registered", "a name of /v1/models",
+                                   near(name, self._by_name)))
+        return self._by_name[name]
+
+    def register(self, name: str, path: str | Path) -> Entry[T]:
+        """Note an adapter without reading its tensors; raises AdapterFileError or ConfigError for what is none."""
+        if not name or len(name) > 200 or not name.isprintable() or name in self._reserved:
+            raise ConfigError(Fault(f"adapter name '{name}'", "cannot be used", "a printable name of at most 200 "
+                                    "characters that is not the base's"))
+        if name in self._by_name:
+            raise StateError(Fault(f"adapter '{name}'", "is registered already", "a new name", "Unload it first"))
+        entry = self._made(name, Path(path))
+        self._by_name[name] = self._by_number[entry.number] = entry
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Forget a name; requests that use it go on."""
+        entry = self.entry(name)
+        del self._by_name[name]
+        self._retire(entry)
+
+    def resolve(self, name: str) -> int:
+        """The number of what is in a name's folder now."""
+        entry = self.entry(name)
+        if _identity(entry.path) != entry.identity:
+            fresh = self._made(name, entry.path)
+            self._by_name[name] = self._by_number[fresh.number] = fresh
+            self._retire(entry)
+            entry = fresh
+        return entry.number
+
+    # -- which are in memory -----------------------------------------------------------------------------------------
+
+    def pin(self, blend: Blend) -> None:
+        """Keep a request's adapters as they are now, whatever becomes of their names."""
+        for number, _ in blend:
+            self._by_number[number].pins += 1
+
+    def unpin(self, blend: Blend) -> None:
+        """Undo one `pin`."""
+        for number, _ in blend:
+            entry = self._by_number[number]
+            entry.pins -= 1
+            if entry.gone:
+                self._retire(entry)
+
+    def get(self, number: int, running: Collection[int] = ()) -> T:
+        """An adapter in memory, read if need be; others than those that run make room."""
+        entry = self._by_number[number]
+        self._clock += 1
+        entry.used = self._clock
+        if entry.loaded is None:
+            entry.loaded = self._load(entry.path)
+            self.loads += 1
+            self._make_room({number, *running})
+        return entry.loaded
+
+    def fits(self, blend: Blend, running: Iterable[Blend]) -> bool:
+        """Whether a blend's adapters have room beside those that run; alone they always have."""
+        needed = {number for other in running for number, _ in other}
+        wanted = needed | {number for number, _ in blend}
+        return not needed or wanted == needed or sum(map(self._size, wanted)) <= self.budget
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all loaded adapters."""
+        return sum(entry.loaded.nbytes for entry in self._by_number.values() if entry.loaded is not None)
+
+    @property
+    def in_memory(self) -> int:
+        """How many adapters are loaded."""
+        return sum(entry.loaded is not None for entry in self._by_number.values())
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _made(self, name: str, path: Path) -> Entry[T]:
+        folder = find_folder(path, revision=None, subfolder=None)
+        config = read_config(folder)
+        self._numbers += 1
+        targets = config.get("target_modules") or ()
+        listed = (targets,) if isinstance(targets, str) else tuple(map(str, targets))
+        rank = config.get("r")
+        status = (folder / TENSORS_FILE).stat()
+        return Entry(self._numbers, name, folder, _identity(folder), rank if isinstance(rank, int) else 0,
+                     tuple(intern(target) for target in sorted(listed)), status.st_size, int(status.st_mtime))
+
+    def _size(self, number: int) -> int:
+        entry = self._by_number[number]
+        return entry.file_bytes if entry.loaded is None else entry.loaded.nbytes
+
+    def _make_room(self, keep: Collection[int]) -> None:
+        total = self.nbytes
+        for entry in sorted(self._by_number.values(), key=lambda e: e.used):
+            if total <= self.budget:
+                return
+            if entry.loaded is not None and entry.number not in keep:
+                total -= entry.loaded.nbytes
+                entry.loaded = None
+                self.evictions += 1
+
+    def _retire(self, entry: Entry[T]) -> None:
+        entry.gone = True
+        if not entry.pins:
+            entry.loaded = None
+            del self._by_number[entry.number]
+            self._on_gone(entry.number)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder; an AdapterFileError where it is none of a low-rank adapter."""
+    path = folder / CONFIG_FILE
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(MAX_CONFIG + 1)[:MAX_CONFIG])
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(Fault(str(path), f"cannot be read ({type(error).__name__})", "a JSON object")) from error
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        raise AdapterFileError(Fault(str(path), "is not the config of a low-rank adapter", 'peft_type "LORA"'))
+    return config
+
+
+def adapters_in(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The adapters in the subfolders of a folder (or the folder itself), by name, and what was passed over, and why."""
+    if (folder / CONFIG_FILE).is_file():
+        return {folder.resolve().name: folder}, []
+    found: dict[str, Path] = {}
+    skipped = []
+    for path in sorted(folder.iterdir()):
+        if (path / CONFIG_FILE).is_file():
+            try:
+                read_config(find_folder(path, revision=None, subfolder=None))
+                found[path.name] = path
+            except DeltawError as error:
+                skipped.append(str(error))
+    return found, skipped
+
+
+def _identity(folder: Path) -> Identity | None:
+    """What tells the content of a folder from what takes its place."""
+    try:
+        tensors, config = ((folder / name).stat() for name in (TENSORS_FILE, CONFIG_FILE))
+    except OSError:
+        return None
+    return tensors.st_ino, tensors.st_mtime_ns, tensors.st_size, config.st_mtime_ns

@@ -1,0 +1,172 @@
+"""One forward over the tokens of a step: of all sequences in one row, or of each by itself.
+
+In one row is the fast way, for every model of transformers whose attention can be replaced and does nothing that
+`cache` does not know. Whether that holds is not read from a list of models: a short trial compares its logits with the
+model's own. A model that fails it (recurrent states, position biases inside attention) runs sequence by sequence with a
+cache of transformers; slower, and as correct.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence as Rows
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.serve.banks import Banks
+from deltaw.serve.cache import RaggedCache, Span, UnknownAttention
+from deltaw.serve.places import Start
+from deltaw.serve.request import BASE
+from deltaw.serve.scheduler import Chunk
+
+TRIAL = (7, 4)
+"""Lengths of the sequences of the trial."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Largest difference of logits in the trial, in proportion to the largest logit; 0.05 for 16-bit numbers."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a model."""
+
+    reuses: bool
+    """Whether what one sequence computed can be copied for another."""
+
+    def begin(self, start: Start) -> None:
+        """Make a place ready for a sequence."""
+
+    def run(self, chunks: Rows[Chunk]) -> tuple[list[Chunk], Tensor]:
+        """Compute these tokens; the chunks that complete their sequence, and their logits (B, V)."""
+
+
+class RowRunner:
+    """All tokens of a step in one row."""
+
+    reuses = True
+
+    def __init__(self, model: Any, banks: Banks, *, places: int, capacity: int) -> None:
+        weight = next(model.parameters())
+        self.model, self.banks, self.device = model, banks, weight.device
+        self.cache = RaggedCache(places, capacity, dtype=weight.dtype, device=weight.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def begin(self, start: Start) -> None:
+        """Copy what can be reused from another place."""
+        if start.copy_from is not None:
+            self.cache.copy(start.copy_from, start.place, start.reused)
+
+    @torch.inference_mode()
+    def run(self, chunks: Rows[Chunk]) -> tuple[list[Chunk], Tensor]:
+        """One forward over all chunks, the logits of the last token of those that complete their sequence."""
+        ordered = sorted(chunks, key=lambda c: (c.end - c.start > 1, *self.banks.order(c.sequence.blend)))
+        rows, at = [], 0
+        for chunk in ordered:
+            rows.append(Span(at, at + chunk.end - chunk.start, chunk.sequence.place, chunk.end))
+            at = rows[-1].b
+        ids = [token for c in ordered for token in c.sequence.tokens(c.start, c.end)]
+        positions = [position for c in ordered for position in range(c.start, c.end)]
+        self.cache.lay_out(rows)
+        complete = [i for i, chunk in enumerate(ordered) if chunk.completes]
+        self.banks.lay_out([(c.sequence.blend, c.end - c.start) for c in ordered], complete)
+        logits = self._forward(ids, positions, [rows[i].b - 1 for i in complete])
+        return [ordered[i] for i in complete], logits
+
+    def _forward(self, ids: list[int], positions: list[int], keep: list[int]) -> Tensor:
+        at = torch.tensor(keep, device=self.device, dtype=torch.long)
+        chosen = {"logits_to_keep": at} if self._keeps_logits else {}
+        try:
+            out = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False, return_dict=True,
+                             position_ids=torch.tensor([positions], device=self.device), **chosen)
+        finally:
+            self.banks.clear()
+        logits: Tensor = out.logits[0]
+        return logits if self._keeps_logits else logits.index_select(0, at)
+
+
+class ApartRunner:
+    """Each sequence by itself, with a cache of its own that the model makes."""
+
+    reuses = False
+
+    def __init__(self, model: Any, banks: Banks) -> None:
+        self.model, self.banks, self.device = model, banks, next(model.parameters()).device
+        self._caches: dict[int, Any] = {}
+
+    def begin(self, start: Start) -> None:
+        """Start with an empty cache."""
+        self._caches.pop(start.place, None)
+
+    @torch.inference_mode()
+    def run(self, chunks: Rows[Chunk]) -> tuple[list[Chunk], Tensor]:
+        """One forward for each chunk."""
+        logits = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            self.banks.lay_out([(sequence.blend, chunk.end - chunk.start)])
+            ids = torch.tensor([sequence.tokens(chunk.start, chunk.end)], device=self.device)
+            try:
+                out = self.model(input_ids=ids, past_key_values=self._caches.get(sequence.place), use_cache=True,
+                                 return_dict=True)
+            finally:
+                self.banks.clear()
+            cached = getattr(out, "past_key_values", None)
+            self._caches[sequence.place] = cached if cached is not None else getattr(out, "cache_params", None)
+            if chunk.completes:
+                logits.append(out.logits[0, -1])
+        complete = [chunk for chunk in chunks if chunk.completes]
+        return complete, torch.stack(logits) if logits else torch.empty(0)
+
+
+def choose_runner(model: nn.Module, banks: Banks, *, places: int, capacity: int) -> RowRunner | ApartRunner:
+    """The fast runner, if the model gives the same logits with it, and else the one that always works."""
+    config: Any = model.config
+    before = getattr(config, "_attn_implementation", None)
+    expected = _trial_alone(model)
+    try:
+        trial = RowRunner(model, banks, places=3, capacity=2 * max(TRIAL))
+        trial.cache.register(model)
+        same = _agrees(expected, _trial_together(trial))
+    except (UnknownAttention, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+        same = False
+    if not same:
+        if before is not None:
+            model.set_attn_implementation(before)  # type: ignore[operator]
+        return ApartRunner(model, banks)
+    runner = RowRunner(model, banks, places=places, capacity=capacity)
+    runner.cache.register(model)
+    return runner
+
+
+def _trial_tokens(model: Any) -> list[list[int]]:
+    size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(size, (length + 1,), generator=generator).tolist() for length in TRIAL]
+
+
+@torch.inference_mode()
+def _trial_alone(model: Any) -> list[Tensor]:
+    """The logits of the last two tokens of each trial sequence, by the model's own forward."""
+    device = next(model.parameters()).device
+    return [model(input_ids=torch.tensor([tokens], device=device)).logits[0, -2:] for tokens in _trial_tokens(model)]
+
+
+def _trial_together(runner: RowRunner) -> list[Tensor]:
+    """The same: the first computed as two prompts in one row, the second as two single tokens."""
+    from deltaw.serve.request import SamplingParams, Sequence
+
+    sequences = [Sequence(i, tuple(tokens[:-1]), BASE, SamplingParams(), print, place=2 - 2 * i)
+                 for i, tokens in enumerate(_trial_tokens(runner.model))]
+    last = [tokens[-1] for tokens in _trial_tokens(runner.model)]
+    _, first = runner.run([Chunk(s, 0, s.length) for s in sequences])
+    for sequence, token in zip(sequences, last, strict=True):
+        sequence.computed = sequence.length
+        sequence.written.append(token)
+    _, second = runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])
+    return [torch.stack([first[i], second[i]]) for i in range(len(sequences))]
+
+
+def _agrees(expected: list[Tensor], got: list[Tensor]) -> bool:
+    tolerance = TOLERANCE.get(expected[0].dtype, 0.05)
+    return all(float((a.float() - b.float()).abs().max()) <= tolerance * float(a.float().abs().max()) + 1e-6
+               for a, b in zip(expected, got, strict=True))

@@ -1,0 +1,58 @@
+"""Text as it is written, token by token: whole characters only, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"
+"""What a tokenizer shows for the first bytes of a character."""
+CONTEXT = 6
+"""Tokens before the new ones that are decoded with them: a token's text depends on what stands before it."""
+
+
+class TextStream:
+    """Turns tokens into pieces of text. `push` gives what is certain; `flush` the rest."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        self._decode, self._stops = decode, tuple(stops)
+        self._tokens: list[int] = []
+        self._start = self._shown = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token; `stopped` is set once a stop text was found."""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._start:self._shown])
+        now = self._decode(self._tokens[self._start:])
+        if now.endswith(UNFINISHED) or len(now) <= len(before):
+            return ""
+        self._start, self._shown = max(self._start, self._shown - CONTEXT), len(self._tokens)
+        return self._release(now[len(before):])
+
+    def flush(self) -> str:
+        """What was held back because it might have become a stop text, or a character."""
+        before = self._decode(self._tokens[self._start:self._shown])
+        rest = self._decode(self._tokens[self._start:])[len(before):]
+        text = "" if self.stopped else self._release(rest) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        whole = self._held + text
+        found = [at for stop in self._stops if (at := whole.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return whole[:min(found)]
+        keep = max((held_back(whole, stop) for stop in self._stops), default=0)
+        self._held = whole[len(whole) - keep:]
+        return whole[:len(whole) - keep]
+
+
+def held_back(text: str, stop: str) -> int:
+    """How many characters at the end of a text could be the beginning of a stop text.
+
+    >>> held_back("one\\n", "\\n\\n"), held_back("one", "\\n\\n")
+    (1, 0)
+    """
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,113 @@
+"""The plan of a run before it begins: three lines, and a refusal of what cannot fit.
+
+Weights are looked at before they are loaded, by their headers; the rest when the lengths of the examples are known. A
+run is refused only if it would not fit by a margin above the plan's worst measured error: a wrong refusal costs more
+than a warning. What goes wrong in planning itself never stops a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deltaw.bases import Base
+from deltaw.errors import ConfigError, DeltawError, Fault
+from deltaw.plan.config import Method, PlanConfig
+from deltaw.plan.devices import resident_memory
+from deltaw.plan.run import MethodPlan, Plan, loading, plan
+from deltaw.plan.shapes import is_local
+from deltaw.plan.table import lines, size
+from deltaw.train.config import TrainConfig
+from deltaw.train.examples import Examples
+
+MARGIN = 0.25
+"""Share by which a plan has to exceed the memory before a run is refused."""
+AHEAD = 70 << 20
+"""Bytes that libraries still come to hold between loading and the end of the first step."""
+_OF_PLANNING = (DeltawError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, OSError)
+"""What planning may fail with on a network that nobody foresaw."""
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Refuse a local base whose weights alone cannot fit, before one of them is loaded."""
+    if config.plan != "refuse" or not is_local(config.model):
+        return
+    asked = PlanConfig(model=config.model, task=config.task, dtype=config.dtype, device=_device(config),
+                       resident=resident_memory() or None)
+    try:
+        memory, device = loading(asked)
+    except _OF_PLANNING:
+        return
+    if memory.total * (1 - MARGIN) > device.memory:
+        raise ConfigError(Fault(f"base '{config.model}'", f"needs {size(memory.total)} of memory to be loaded, and "
+                                f"{size(device.memory)} can be had", "a base that fits",
+                                "Take a smaller one or a 16-bit dtype. To try all the same: plan='warn' (--plan warn)"))
+
+
+def look_ahead(config: TrainConfig, base: Base, examples: Examples) -> list[str]:
+    """Three lines on what the run will take; `ConfigError` if it cannot fit, unless `config.plan` is "warn".
+
+    Nothing where `config.plan` is "off", or where this base cannot be planned.
+    """
+    if config.plan == "off":
+        return []
+    with torch.random.fork_rng():  # the run draws what it would draw without
+        try:
+            asked = plan_config(config, base, examples)
+            found = plan(asked, search=False)
+            method = found.methods[0]
+            refused = cannot_fit(found, method) and config.plan == "refuse"
+            better = plan(asked).methods[0].change if refused else ""
+        except _OF_PLANNING:
+            return []  # a plan is a service, and the run itself will say what is wrong with it
+    if refused:
+        raise ConfigError(Fault("this run", f"needs about {size(method.peak)} of memory ({method.binds}), and "
+                                f"{size(found.device.memory)} can be had", "a run that fits",
+                                f"It would with: {better}. To try all the same: plan='warn' (--plan warn)"))
+    return lines(found, method.method)
+
+
+def cannot_fit(found: Plan, method: MethodPlan) -> bool:
+    """Whether even a plan that is too high by the margin would not fit."""
+    return bool(method.memory) and method.peak * (1 - MARGIN) > found.device.memory
+
+
+def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConfig:
+    """What the run asks of a plan: its longest batches, and the share of their tokens that is learned from."""
+    lengths = examples.train.lengths[examples.train_rows]
+    batch = min(config.batch_size, len(lengths))
+    longest = heaviest(sorted(map(int, lengths), reverse=True), batch, config.batch_tokens)
+    stats = examples.train.stats
+    classifies = config.task == "seq-cls"
+    share = 1.0 if classifies or not stats.tokens else stats.supervised_tokens / stats.tokens
+    labels = examples.train.label_names
+    method: Method = "lora"
+    return PlanConfig(
+        model=str(base.folder or config.model), task=config.task, lora=config.lora,
+        num_labels=len(labels) if labels else 2, methods=(method,),
+        batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
+        grad_accumulation=config.grad_accumulation, packing=config.packing,
+        gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
+        dtype=str(base.dtype).removeprefix("torch."), device=_device(config),
+        rows=len(lengths), epochs=config.epochs, max_steps=config.max_steps, threads=config.threads,
+        max_new_tokens=config.max_new_tokens,
+        resident=resident_memory() + AHEAD if _device(config) == "cpu" and resident_memory() else None)
+
+
+def _device(config: TrainConfig) -> str:
+    return "cpu" if config.chosen_device() == "cpu" else "auto"
+
+
+def heaviest(lengths: Sequence[int], batch: int, budget: int | None) -> tuple[int, int]:
+    """Examples and tokens of each, of the heaviest batch: the longest examples together, within the budget."""
+    longest = lengths[:batch]
+    if budget is not None:
+        kept, tokens = 0, 0
+        for n in longest:
+            tokens += n
+            if kept and tokens > budget:
+                break
+            kept += 1
+        longest = longest[:kept]
+    return len(longest), max(2, round(sum(longest) / len(longest)))

@@ -1,0 +1,75 @@
+"""`deltaw analyse` on trained adapters: what it prints, the page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cli.conftest import write_rows
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_two_adapters_their_base_and_what_they_forgot(adapters: dict[str, Path], base: Path, tmp_path: Path,
+                                                       deltaw: Run) -> None:
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "the sky is blue the sea is green hello world"}] * 3)
+    code, out, err = deltaw("analyse", adapters["yes"], adapters["no"], "--model", base, "--data", text,
+                            "--out", tmp_path / "page.html", "--threads", 1, "--dtype", "fp32", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [study["name"] for study in found["adapters"]] == ["yes", "no"]
+    assert found["pairs"][0]["cosine"] < 0.99
+    assert all(row["factor"] > 0 for row in found["adapters"][0]["against_base"])
+    assert [row["adapter"] for row in found["forgetting"]] == ["yes", "no"]
+    assert all(row["after"] != row["before"] for row in found["forgetting"])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for heading in ("At a glance", "Where the change is", "have in common", "ΔW against W", "Intruder", "Forgetting"):
+        assert heading in page, heading
+
+
+def test_one_adapter_without_a_base(adapters: dict[str, Path], deltaw: Run) -> None:
+    code, out, _ = deltaw("analyse", adapters["yes"])
+    assert code == 0
+    assert "effective rank" in out
+    assert "changes its base most at" in out
+
+
+def test_what_is_wrong_is_said_at_once(tmp_path: Path, base: Path, adapters: dict[str, Path], deltaw: Run) -> None:
+    code, _, err = deltaw("analyse", tmp_path / "one", tmp_path / "two")
+    assert code == 1
+    assert "one" in err
+    assert "two" in err
+    assert deltaw("analyse")[0] == 2
+    code, _, err = deltaw("analyse", adapters["yes"], "--epsilon", "2", "--top", "0")
+    assert code == 2
+    assert "epsilon" in err
+    assert "top" in err
+    code, _, err = deltaw("analyse", adapters["yes"], "--sites", "q_porj")
+    assert code in (1, 2)
+    assert "q_porj" in err
+
+
+def test_adapters_of_another_base_are_refused(adapters: dict[str, Path], tmp_path: Path, deltaw: Run) -> None:
+    from tests.cli.conftest import write_base
+
+    other = write_base(tmp_path / "other", seed=9)
+    code, _, err = deltaw("analyse", adapters["yes"], adapters["no"], "--model", other)
+    assert code == 1
+    assert "yes:" in err
+    assert "no:" in err
+
+
+def test_texts_with_several_references_are_measured_by_prompt(base: Path, tmp_path: Path, deltaw: Run) -> None:
+    rows = [{"prompt": f"is the {thing} blue ?", "completion": answer} for thing in ("sky", "sea")
+            for answer in ("yes", "no", "maybe hello world")]
+    data = write_rows(tmp_path / "refs.jsonl", rows)
+    code, out, err = deltaw("eval", "--model", base, "--data", data, "--metrics", "rouge,cider,perplexity", "--json",
+                            "--num-beams", 2, "--length-penalty", 0.9, "--no-repeat-ngram-size", 4, "--dtype", "fp32",
+                            "--max-new-tokens", 4)
+    assert code == 0, err
+    figures = json.loads(out)["base_figures"]
+    assert {"rouge1", "rouge2", "rougeL", "cider", "perplexity"} <= set(figures)
+    code, _, err = deltaw("eval", "--model", base, "--data", data, "--length-penalty", 0.9)
+    assert code == 2
+    assert "length-penalty" in err or "length_penalty" in err

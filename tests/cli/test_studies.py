@@ -1,0 +1,81 @@
+"""`deltaw compare` and `deltaw sweep` as a person uses them, on a tiny model, each run a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deltaw.cli import compare as compare_verb
+from deltaw.cli.parser import UsageError
+from deltaw.cli.studies import study_config
+from deltaw.compare.config import CompareConfig
+
+Deltaw = Callable[..., tuple[int, str, str]]
+SHORT = ["--max-steps", "6", "--batch-size", "4", "--learning-rate", "0.02", "--eval-rows", "4", "--device", "cpu",
+         "--dtype", "fp32"]
+
+
+@pytest.mark.slow
+def test_compare_trains_judges_and_goes_on_where_it_stopped(deltaw: Deltaw, base: Path, rows: Path,
+                                                            tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    command = ["compare", "--model", base, "--data", rows, "--test", rows, "--out", out, "--methods", "lora,bitfit",
+               "--seeds", "0,1", "--no-latency", "--paper", "e2e", *SHORT]
+    code, text, log = deltaw(*command)
+    assert code == 0, log
+    assert "lora" in text
+    assert "n/a" in text  # a Llama has no biases
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "does not apply" in page
+    assert "Table 3" in page
+    code, text, log = deltaw(*command, "--json")
+    assert code == 0
+    assert log.count("done before") == 2
+    result = json.loads(text)
+    assert [row["arm"] for row in result["rows"]] == ["lora", "bitfit"]
+    assert result["rows"][0]["figures"]["loss"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_sweep_says_what_to_take_and_keeps_it(deltaw: Deltaw, base: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    code, text, log = deltaw("sweep", "--model", base, "--data", rows, "--out", out, "--ranks", "1,4", "--seeds", "0",
+                             "--rates", "0.02,1e-9", "--halving", "2", "--rungs", "2", *SHORT)
+    assert code == 0, log
+    assert "2 go on" in log
+    assert "With one seed" in text
+    assert "rate=1e-09" not in text  # halving left them behind
+    assert (out / "best" / "adapter_model.safetensors").is_file()
+    code, _, log = deltaw("generate", "--adapter", out / "best", "is the sky blue ?")
+    assert code == 0, log
+
+
+def test_options_of_the_runs_stand_beside_those_of_the_study(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text('methods = ["lora", "bitfit"]\nseeds = [1, 2]\n[train]\nmodel = "m"\ndata = "d"\nout = "o"\n'
+                    "epochs = 3.0\n[train.lora]\nr = 4\n[arms.small]\nlora = {r = 1}\n", encoding="utf-8")
+    options = compare_verb.parser().parse(["--config", str(file), "--epochs", "2", "--lora-alpha", "9", "--seeds", "7"])
+    config = study_config(options, CompareConfig)
+    assert (config.methods, config.seeds, config.train.epochs) == (("lora", "bitfit"), (7,), 2.0)
+    assert (config.train.lora.r, config.train.lora.lora_alpha) == (4, 9)
+    assert config.arms == {"small": {"lora": {"r": 1}}}
+
+
+def test_faults_of_a_study_name_the_option(deltaw: Deltaw) -> None:
+    code, _, log = deltaw("sweep", "--model", "m", "--data", "d", "--out", "o", "--ranks", "0", "--scales", "half")
+    assert code == 2
+    assert "--ranks: got (0,)" in log
+    assert "--scales: got 'half'" in log
+    assert "Traceback" not in log
+
+
+def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "study.json"
+    values = {"metods": ["lora"], "train": {"model": "m", "data": "d", "out": "o"}}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    options = compare_verb.parser().parse(["--config", str(file)])
+    with pytest.raises(UsageError, match=r"'metods' is unknown.*Did you mean methods"):
+        study_config(options, CompareConfig)

@@ -1,0 +1,82 @@
+"""The arms of a comparison and of a sweep, and the options that each run is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deltaw.baselines.config import BaselineConfig
+from deltaw.compare.arms import arms_of_comparison, arms_of_sweep, ranks_in_budget, runs_of
+from deltaw.compare.config import CompareConfig, SweepConfig
+from deltaw.core import LoraConfig
+from deltaw.errors import ConfigError
+from deltaw.train.config import TrainConfig
+from tests.cli.conftest import write_base
+
+TRAIN = TrainConfig(model="m", data="d", out="o", lora=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj",)))
+
+
+def test_a_sweep_crosses_everything() -> None:
+    config = SweepConfig(train=TRAIN, seeds=(3, 4), ranks=(1, 4), targets=("q_proj", "q_proj+v_proj"),
+                         scales=("2r", "rs"), rates=(1e-3,))
+    arms = arms_of_sweep(config)
+    assert [arm.label for arm in arms][:2] == ["q_proj r=1 alpha=2r rate=0.001",
+                                               "q_proj r=1 rank-stabilised rate=0.001"]
+    assert len(arms) == 8
+    runs = runs_of(config, arms)
+    assert len(runs) == 16
+    last = runs[-3]
+    assert last.seed == 4
+    assert last.train["lora"]["target_modules"] == ("q_proj", "v_proj")
+    assert (last.train["lora"]["r"], last.train["lora"]["lora_alpha"], last.train["seed"]) == (4, 8, 4)
+    assert "out" not in last.train
+    made = TrainConfig.from_dict({**last.train, "out": "there"})
+    assert (made.lora.r, made.lora.lora_alpha, made.learning_rate) == (4, 8, 1e-3)
+
+
+def test_a_comparison_has_methods_sizes_and_spelled_out_arms() -> None:
+    config = CompareConfig(train=TRAIN, methods=("lora", "full"), seeds=(0,), sizes=(100, 0),
+                           arms={"lora r=1": {"lora": {"r": 1}}})
+    runs = runs_of(config, arms_of_comparison(config))
+    assert [(run.arm, run.size) for run in runs] == [("lora", 100), ("lora", None), ("full", 100), ("full", None),
+                                                     ("lora r=1", 100), ("lora r=1", None)]
+    assert runs[2].train["learning_rate"] == 5e-5
+    assert (runs[-1].train["lora"]["r"], runs[-1].train["lora"]["lora_alpha"]) == (1, 16)
+    assert len({run.place for run in runs}) == len({run.identity for run in runs}) == 6
+
+
+def test_each_method_takes_those_of_the_shared_options_that_are_its_own() -> None:
+    config = CompareConfig(train=TRAIN, methods=("lora", "adapter-h"), seeds=(0,),
+                           baseline=BaselineConfig(bottleneck=8, prefix_tokens=3))
+    runs = runs_of(config, arms_of_comparison(config))
+    lora, adapter = (TrainConfig.from_dict({**run.train, "out": "o"}) for run in runs)
+    assert lora.baseline == BaselineConfig()
+    assert (adapter.baseline.bottleneck, adapter.baseline.prefix_tokens) == (8, 8)
+    with pytest.raises(ConfigError, match="Did you mean adapter-h"):
+        CompareConfig(train=TRAIN, methods=("adapterh",))
+
+
+def test_ranks_in_a_budget_are_the_largest_that_fit(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")  # 2 layers of width 32, keys and values of 16
+    train = TrainConfig(model=str(tmp_path / "base"), data="d", out="o")
+    config = SweepConfig(train=train, targets=("q_proj", "q_proj+v_proj"), budget=1000)
+    # Σ (I + O): q 2·(32 + 32) = 128 at each rank, with v 2·(32 + 16) more.
+    assert ranks_in_budget(config) == {"q_proj": 1000 // 128, "q_proj+v_proj": 1000 // 224}
+    with pytest.raises(ConfigError, match="224 values at rank 1"):
+        ranks_in_budget(SweepConfig(train=train, targets=("q_proj", "q_proj+v_proj"), budget=200))
+
+
+def test_every_fault_of_a_study_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        SweepConfig(train=TRAIN, seeds=(0, 0), judge="acuracy", ranks=(0,), scales=("half",), halving=1)
+    text = str(caught.value)
+    for name in ("seeds", "judge", "ranks", "scales", "halving"):
+        assert f"SweepConfig.{name}" in text
+    with pytest.raises(ConfigError, match="Did you mean learning_rate"):
+        CompareConfig(train=TRAIN, arms={"x": {"learning_rat": 1.0}})
+
+
+def test_only_figures_of_which_90_percent_means_something_have_an_intrinsic_dimension() -> None:
+    with pytest.raises(ConfigError, match=r"intrinsic: is judged by loss.*such as accuracy"):
+        CompareConfig(train=TRAIN, intrinsic=True)

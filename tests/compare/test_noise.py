@@ -1,0 +1,66 @@
+"""Means, spreads and margins, against numpy's and scipy's; and the advice that rests on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from deltaw.compare.advice import advise
+from deltaw.compare.noise import margin, measured, pooled, student_t
+from deltaw.compare.table import Row
+
+
+def test_mean_and_spread_are_numpys() -> None:
+    values = [0.3, 0.7, 0.45, 0.9]
+    found = measured(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.sd == pytest.approx(np.std(values, ddof=1))
+    assert (found.n, str(found)) == (4, "0.5875 ± 0.27")
+    assert measured([2.0]).sd is None
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 6, 10, 30, 200])
+def test_students_t_is_scipys(freedom: int) -> None:
+    assert student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
+
+
+def test_a_margin_of_two_arms_is_the_t_tests() -> None:
+    one, other = [0.70, 0.74, 0.69], [0.78, 0.80, 0.75]
+    groups = [measured(one), measured(other)]
+    sd = pooled(groups)
+    assert sd is not None
+    # A difference as large as the margin is one of p = 0.05 in the t test of equal variances.
+    shift = margin(sd, *groups, 4) - (np.mean(other) - np.mean(one))
+    assert stats.ttest_ind(one, [v + shift for v in other]).pvalue == pytest.approx(0.05, rel=0.03)
+
+
+def row(arm: str, parameters: int, *values: float, figure: str = "accuracy") -> Row:
+    return Row(arm=arm, parameters=parameters, figures={figure: measured(values)}, seeds=tuple(range(len(values))))
+
+
+def test_the_smallest_arm_within_noise_is_recommended() -> None:
+    rows = [row("r=64", 6400, 0.80, 0.82, 0.81), row("r=4", 400, 0.79, 0.81, 0.80), row("r=1", 100, 0.60, 0.62, 0.61)]
+    advice = advise(rows, "accuracy")
+    assert advice is not None
+    assert (advice.best, advice.arm, advice.within_noise) == ("r=64", "r=4", ("r=64", "r=4"))
+    assert "r=4: accuracy 0.8 ± 0.01 is within noise of r=64's 0.81 ± 0.01" in advice.text
+    assert "16 times fewer" in advice.text
+
+
+def test_a_lower_loss_is_better_and_clear_differences_are_kept() -> None:
+    rows = [row("small", 1, 1.0, 1.01, figure="loss"), row("large", 9, 0.5, 0.51, figure="loss")]
+    advice = advise(rows, "loss")
+    assert advice is not None
+    assert (advice.arm, advice.within_noise) == ("large", ("large",))
+
+
+def test_one_seed_gives_no_noise_and_says_so() -> None:
+    advice = advise([row("a", 1, 0.5), row("b", 2, 0.6)], "accuracy")
+    assert advice is not None
+    assert (advice.arm, advice.noise) == ("b", None)
+    assert "With one seed" in advice.text
+
+
+def test_nothing_finished_is_no_advice() -> None:
+    assert advise([Row(arm="a", failed={0: "out of memory"})], "loss") is None

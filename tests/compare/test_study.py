@@ -1,0 +1,80 @@
+"""A study's runs: done once, told apart, resumed; what fails is a row that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from deltaw.compare import study
+from deltaw.compare.study import Outcome, Run, read_outcome, run_study, slug, write_outcome
+from deltaw.compare.table import rows_of
+
+RUNS = [Run(arm=arm, seed=seed, train={"model": "m", "learning_rate": 1e-3}) for arm in ("lora", "full", "bitfit")
+        for seed in (0, 1)]
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The runs that were really executed; "full" fails with seed 1, "bitfit" never applies."""
+    done: list[tuple[str, int]] = []
+
+    def execute(folder: Path, run: Run) -> Outcome:
+        done.append((run.arm, run.seed))
+        outcome = Outcome(identity=run.identity, status="done", figures={"loss": 1.0 + run.seed}, parameters=10,
+                          base_parameters=1000)
+        if run.arm == "bitfit":
+            outcome = Outcome(identity=run.identity, status="n/a", reason="the model has no biases")
+        elif (run.arm, run.seed) == ("full", 1):
+            outcome = Outcome(identity=run.identity, status="failed", reason="loss is NaN")
+        (folder / run.place).mkdir(parents=True, exist_ok=True)
+        write_outcome(folder / run.place, outcome)
+        return outcome
+
+    monkeypatch.setattr(study, "execute", execute)
+    return done
+
+
+def test_what_is_done_is_read_and_what_failed_is_tried_again(tmp_path: Path, executed: list[tuple[str, int]]) -> None:
+    first = run_study(tmp_path, RUNS, lambda _: None)
+    assert executed == [("lora", 0), ("lora", 1), ("full", 0), ("full", 1), ("bitfit", 0)]
+    executed.clear()
+    assert run_study(tmp_path, RUNS, lambda _: None) == first
+    assert executed == [("full", 1)]
+
+
+def test_another_option_is_another_run(tmp_path: Path, executed: list[tuple[str, int]]) -> None:
+    run_study(tmp_path, RUNS[:1], lambda _: None)
+    changed = dataclasses.replace(RUNS[0], train={"model": "m", "learning_rate": 2e-3})
+    assert read_outcome(tmp_path, changed) is None
+    run_study(tmp_path, [changed], lambda _: None)
+    assert executed == [("lora", 0), ("lora", 0)]
+
+
+def test_a_damaged_outcome_is_no_outcome(tmp_path: Path, executed: list[tuple[str, int]]) -> None:
+    run_study(tmp_path, RUNS[:1], lambda _: None)
+    (tmp_path / RUNS[0].place / study.OUTCOME).write_text('{"identity": "half', encoding="utf-8")
+    assert read_outcome(tmp_path, RUNS[0]) is None
+
+
+def test_rows_show_means_failures_and_what_does_not_apply(tmp_path: Path, executed: list[tuple[str, int]]) -> None:
+    lora, full, bitfit = rows_of(RUNS, run_study(tmp_path, RUNS, lambda _: None))
+    assert (lora.figures["loss"].mean, lora.seeds, lora.share) == (1.5, (0, 1), 0.01)
+    assert (full.seeds, dict(full.failed)) == ((0,), {1: "loss is NaN"})
+    assert (bitfit.figures, bitfit.not_applicable) == ({}, "the model has no biases")
+
+
+def test_labels_become_folders_that_stay_apart() -> None:
+    assert slug("adapter-h") == "adapter-h"
+    names = {slug("q+v r=4"), slug("q+v/r=4"), slug("../r=4"), slug("r=4")}
+    assert len(names) == 4
+    assert all("/" not in name and not name.startswith(".") for name in names)
+
+
+def test_a_process_that_dies_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study.sys, "executable", "/bin/false")
+    outcome = study.execute(tmp_path, RUNS[0])
+    assert outcome.status == "failed"
+    assert "ended with 1" in outcome.reason
+    assert read_outcome(tmp_path, RUNS[0]) == outcome

@@ -1,0 +1,187 @@
+"""What fits, what binds, what would make it fit; devices; time; sources of shapes; the page of published figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from deltaw.core import LoraConfig
+from deltaw.errors import BaseModelError, ConfigError
+from deltaw.plan import Plan, PlanConfig, plan
+from deltaw.plan.calibrate import Rates, calibrate, known_rates
+from deltaw.plan.config import parse_memory
+from deltaw.plan.devices import DEVICES, available_memory, find_device
+from deltaw.plan.fit import last
+from deltaw.plan.published import page
+from deltaw.plan.table import lines
+from deltaw.plan.tape import Work
+from deltaw.plan.timing import between, seconds_here
+
+SMALL = PlanConfig(model="smollm2-135m", device="rtx3060", batch_size=2, max_length=64, methods=("lora",))
+
+
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    return plan(SMALL)
+
+
+def test_what_is_said_to_fit_fits_and_one_more_does_not(small: Plan) -> None:
+    most = small["lora"].largest
+    assert most["batch_size"] > 2
+    assert small["lora"].fits
+    for name in ("batch_size", "max_length"):
+        at = plan(replace(SMALL, **{name: most[name]}), search=False)["lora"]
+        above = plan(replace(SMALL, **{name: round(1.1 * most[name]) + 1}), search=False)["lora"]
+        assert at.peak <= 1.03 * small.device.memory
+        assert above.peak > small.device.memory
+
+
+def test_the_change_that_is_named_makes_it_fit(small: Plan) -> None:
+    limit = f"{small['lora'].peak / 1e6:.0f}MB"
+    large = replace(SMALL, memory=limit, batch_size=64)
+    found = plan(large)["lora"]
+    assert found.fits is False
+    assert found.binds.startswith("activations")
+    batch = int(found.change.split()[1])
+    assert plan(replace(large, batch_size=batch), search=False)["lora"].fits
+
+
+def test_a_base_that_is_too_large_is_told_what_the_least_is() -> None:
+    found = plan(replace(SMALL, memory="200MB", methods=("lora", "full")))
+    for method in found.methods:
+        assert method.fits is False
+        assert "at the least it needs" in method.change
+    assert found["lora"].largest["batch_size"] == 0
+
+
+def test_parts_follow_from_shapes() -> None:
+    found = plan(replace(SMALL, methods=("full", "lora", "qlora")), search=False)
+    values = 134_515_008
+    for name, trained, width in (("full", values, 2), ("lora", 2_442_240, 4)):
+        parts = found[name].memory["train"].parts
+        assert found[name].parameters == trained
+        assert parts["optimizer"] == 2 * width * trained
+        assert parts["weights"] == pytest.approx(2 * values, rel=1e-3)
+        assert found[name].adapter_bytes == width * trained
+    linear = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert found["qlora"].memory["load"].parts["weights"] == pytest.approx(
+        2 * (values - linear) + linear * 4.127 / 8, rel=1e-3)
+    assert found["qlora"].peak < found["lora"].peak < found["full"].peak
+
+
+def test_checkpointing_keeps_less_and_computes_more() -> None:
+    rates = Rates(narrow_output={1: 1e9}, narrow_inner={1: 1e9}, attention=1e9, bytes={1: 1e9}, start=1e-6)
+    kept, work = {}, {}
+    for mode in ("off", "attention", "layer"):
+        from deltaw.plan.shapes import read_shapes
+        from deltaw.plan.step import Steps
+
+        config = replace(SMALL, gradient_checkpointing=mode)  # type: ignore[arg-type]
+        step = Steps(read_shapes("smollm2-135m"), config, torch.float32).at("lora", 2, 64)
+        kept[mode], work[mode] = step.kept, seconds_here(step.work, rates)
+    assert kept["layer"] < 0.2 * kept["off"] < kept["attention"] < kept["off"]
+    assert work["off"] < work["attention"] < work["layer"] < 1.6 * work["off"]
+
+
+def test_a_lower_share_of_supervised_tokens_has_fewer_logits() -> None:
+    parts = [plan(replace(SMALL, supervised=share), search=False)["lora"].memory["train"].parts["logits"]
+             for share in (1.0, 0.25)]
+    assert parts[0] == 128 * 49152 * (2 + 4) + 128 * 576 * 2
+    assert parts[1] == parts[0] / 4
+
+
+def test_devices_by_name_and_near_names() -> None:
+    assert find_device("A100").memory == 80 * 2**30
+    assert find_device("RTX 4090").name == "rtx4090"
+    assert find_device("cpu").memory == pytest.approx(available_memory(), rel=0.2)
+    assert find_device("t4", 10**9).memory == 10**9
+    assert "bf16" not in (DEVICES["t4"].tflops or {})
+    with pytest.raises(ConfigError, match="rtx4090"):
+        find_device("rtx490")
+
+
+@pytest.mark.parametrize("text", ["", "14 potatoes", "-1GB", "nanGB", "GB"])
+def test_a_size_of_memory_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="14GB"):
+        parse_memory(text)
+
+
+def test_all_faults_of_a_config_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        PlanConfig(model="", batch_size=0, methods=("lorra",), dtype="fp8")  # type: ignore[arg-type]
+    assert len(caught.value.faults) == 4
+    with pytest.raises(ConfigError, match="Did you mean batch_size"):
+        PlanConfig.from_dict({"model": "x", "batchsize": 1})
+
+
+def test_rates_are_measured_once_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import deltaw.plan.calibrate as module
+
+    monkeypatch.setenv("DELTAW_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "seconds", lambda run: (run(), 1e-3)[1])
+    monkeypatch.setattr(module, "SIZES", (1 << 10,))
+    assert known_rates(torch.float32, 1) is None
+    assert calibrate(torch.float32, 1) == known_rates(torch.float32, 1)
+    assert known_rates(torch.float32, 2) is None
+    (next(tmp_path.rglob("rates.json"))).write_text("{")
+    assert known_rates(torch.float32, 1) is None
+
+
+def test_time_is_work_by_rate() -> None:
+    rates = Rates(narrow_output={8: 1e9, 512: 16e9}, narrow_inner={8: 1e9, 512: 16e9}, attention=2e9,
+                  bytes={1: 1e9, 1 << 20: 1e9}, start=0.0)
+    work = Work(attention=4e9, moved=3e9, calls=10)
+    work.products[1, 1000, 512, 1000] = 2
+    assert seconds_here(work, rates) == pytest.approx(4 / 2 + 3 + 2 * 2 * 1000 * 512 * 1000 / 16e9)
+    assert between({8: 1.0, 512: 8.0}, 64) == pytest.approx(8**0.5)
+    assert last(lambda n: n <= 37, 1000) == 37
+    assert last(lambda n: False, 1000) == 0
+
+
+def test_a_hub_id_is_read_by_its_headers_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                               tiny_llama: Callable[..., Any]) -> None:
+    import huggingface_hub
+
+    model = tiny_llama()
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repo: SimpleNamespace(
+        parameter_count={"BF16": sum(p.numel() for p in model.parameters())}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda repo, file: asked.append(file) or str(tmp_path / file))
+    found = plan(PlanConfig(model="someone/tiny", device="h100", batch_size=1, max_length=8, methods=("lora",)),
+                 search=False)
+    assert asked == ["config.json"]
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_repository_without_headers_and_one_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    def refuse(repo: str) -> None:
+        raise NotASafetensorsRepoError("none")
+
+    with pytest.raises(BaseModelError, match=r"cannot be read from the Hub.*llama-7b"):
+        plan(PlanConfig(model="someone/llama-7"))
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", refuse)
+    with pytest.raises(BaseModelError, match="has no safetensors headers"):
+        plan(PlanConfig(model="someone/pickled"))
+
+
+def test_three_lines() -> None:
+    said = lines(plan(replace(SMALL, rows=100, lora=LoraConfig(r=4)), search=False))
+    assert len(said) == 3
+    assert "1,221,120 trained values" in said[0]
+    assert "fits" in said[2]
+
+
+def test_the_page_of_published_figures_is_what_its_command_writes(repo: Path) -> None:
+    assert (repo / "docs" / "published_figures.md").read_text(encoding="utf-8") == page()

@@ -1,0 +1,136 @@
+"""What a step keeps, found without values, equals what autograd really keeps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.core import LoraConfig
+from deltaw.data import pack
+from deltaw.data.examples import Example
+from deltaw.plan.config import PlanConfig
+from deltaw.plan.shapes import read_shapes
+from deltaw.plan.step import Steps
+from deltaw.plan.tape import Tape, Work
+from deltaw.train.cross_entropy import STRETCH_VALUES
+from deltaw.train.memory import recompute_activations
+from deltaw.train.objective import CausalLoss
+
+
+def saved_by_autograd(model: Any, batch: dict[str, torch.Tensor], objective: CausalLoss) -> int:
+    """Bytes of distinct storages that the graph of a real step holds, weights and inputs apart."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = objective.loss(model, batch)
+    total = sum(found.values())
+    del loss
+    gc.collect()
+    return total
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "layer"])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_activations_without_values_equal_those_of_a_real_step(
+        checkpointing: str, layers: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 96}
+    model = tiny_llama(**fields).train()
+    model.save_pretrained(tmp_path)
+    lora = LoraConfig(r=4)
+    config = PlanConfig(model=str(tmp_path), lora=lora, batch_size=3, max_length=50, packing="off",
+                        gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+    planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("lora", 3, 50)
+
+    board = deltaw.attach(model, lora, seed=0)
+    ids = torch.randint(3, 90, (3, 50))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    objective = CausalLoss()
+    with torch.no_grad():
+        board.share_inputs(lambda: objective.loss(model, batch))
+    if checkpointing == "layer":
+        recompute_activations(model)
+    real = saved_by_autograd(model, batch, objective)
+    hidden = 3 * 50 * 64 * 4
+    if checkpointing == "off":  # what is alive and not saved: the hidden states that the loss looks at, and angles
+        assert planned.kept == pytest.approx(real, abs=2 * hidden)
+    else:  # beside that the inputs of layers, which are held outside of the graph
+        assert real <= planned.kept <= real + (layers + 2) * hidden
+
+
+def test_work_counts_the_products_that_torchs_counter_counts(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    """Of full fine-tuning, since torch's counter does not know products in place, as the fused node has them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=160).train()
+    model.save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path), batch_size=2, max_length=40, packing="off")
+    planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("full", 2, 40).work
+    ids = torch.randint(3, 60, (2, 40))
+    with FlopCounterMode(display=False) as counter:
+        model.model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    assert planned.flops - planned.attention == pytest.approx(products, rel=0.01)
+
+
+def test_a_low_rank_step_multiplies_what_its_equations_say(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    """Forward, dx (not of the first layer's input) and, of the factors, H, HB, dH, dA and dB, for every layer."""
+    tiny_llama(num_hidden_layers=4, hidden_size=64, intermediate_size=160).save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path), batch_size=2, max_length=40, lora=LoraConfig(r=2))
+    planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("lora", 2, 40).work
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)]
+    tokens, rank = 80, 2
+    frozen = sum(2 * 2 * tokens * i * o for i, o in shapes)
+    factors = sum(3 * 2 * tokens * rank * (i + o) for i, o in shapes)
+    first = sum(2 * tokens * (i * o + i * rank) for i, o in shapes[:3])
+    assert planned.flops - planned.attention == pytest.approx(4 * (frozen + factors) - first, rel=0.01)
+
+
+def test_a_packed_batch_is_followed_as_it_is_laid_out(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    shapes = read_shapes(str(tmp_path))
+    kept = {}
+    for packing in ("auto", "off"):
+        config = PlanConfig(model=str(tmp_path), batch_size=4, max_length=16, packing=packing)  # type: ignore[arg-type]
+        kept[packing] = Steps(shapes, config, torch.float32).at("lora", 4, 16).kept
+    assert kept["auto"] == pytest.approx(kept["off"], rel=0.15)
+    example = Example(input_ids=list(range(16)), labels=list(range(16)), where="row")
+    assert pack([example] * 4)["input_ids"].shape == (1, 64)
+
+
+def test_more_tokens_keep_more_in_proportion(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path), batch_size=2, max_length=64)
+    steps = Steps(read_shapes(str(tmp_path)), config, torch.float32)
+    assert steps.at("lora", 4, 64).kept == pytest.approx(2 * steps.at("lora", 2, 64).kept, rel=0.02)
+
+
+def test_a_tape_forgets_what_is_gone() -> None:
+    x = torch.zeros(1000, device="meta")
+    with Tape([x]) as tape:
+        y = x + 1
+        z = y * 2
+        assert (tape.now, tape.peak) == (8000, 8000)
+        del y
+        assert (tape.now, tape.peak) == (4000, 8000)
+        _ = z.view(10, 100)
+        assert tape.now == 4000
+    assert Work().plus(tape.total(), 2.0).moved == 2 * (8000 + 8000)
+
+
+def test_the_loss_holds_as_many_logits_as_the_plan_says() -> None:
+    from deltaw.plan import memory
+
+    assert memory.STRETCH_VALUES == STRETCH_VALUES

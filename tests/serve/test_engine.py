@@ -1,0 +1,203 @@
+"""Answers of mixed batches against PEFT's own, one prompt and one adapter at a time, token for token in fp32."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deltaw.serve.request import Event, SamplingParams
+from deltaw.serve.service import Service, open_service
+from tests.serve.conftest import config, tokens_of, write_adapter
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+PROMPTS = ["is the sky blue ?", "hello", "the sea is green ? no the grass is green", "world world",
+           "maybe the world is the sea is the sky is the grass is the world is the sea is blue"]
+
+
+class Listener:
+    """Collects the events of one answer."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if event.finish:
+            self.ended.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        assert self.ended.wait(60)
+        return [token for event in self.events for token in event.tokens]
+
+    @property
+    def finish(self) -> str | None:
+        assert self.ended.wait(60)
+        return self.events[-1].finish
+
+
+def ask(service: Service, prompt: str, mix: Mapping[str, float], params: SamplingParams = GREEDY) -> Listener:
+    listener = Listener()
+    service.submit(tokens_of(prompt), mix, params, [listener]).result(60)
+    return listener
+
+
+CASES: list[tuple[str, dict[str, float]]] = [
+    (prompt, mix) for prompt in PROMPTS for mix in (
+        {}, {"small": 1.0}, {"wide": 1.0}, {"scaled": 1.0}, {"head": 1.0}, {"small": 0.7, "wide": -0.3},
+        {"wide": 0.5, "head": 1.5, "scaled": 1.0})]
+
+
+def test_every_row_of_a_mixed_batch_is_pefts_answer(service: Service, reference: Callable[..., list[int]]) -> None:
+    assert type(service.engine._runner).__name__ == "RowRunner"
+    slow_start = service.engine.call(lambda: time.sleep(0.5))  # so that many prompts are computed in one step
+    listeners = [Listener() for _ in CASES]
+    for listener, (prompt, mix) in zip(listeners, CASES, strict=True):
+        service.submit(tokens_of(prompt), mix, GREEDY, [listener])
+    got = [listener.tokens for listener in listeners]
+    assert slow_start.done()
+    expected = [reference(tokens_of(prompt), mix, 12) for prompt, mix in CASES]
+    assert got == expected
+    assert len({tuple(answer) for answer in expected}) > len(CASES) // 2, "adapters that change nothing test nothing"
+
+
+@pytest.mark.parametrize("fields", [{"places": 1}, {"places": 6, "prefill_tokens": 3}, {"places": 12},
+                                    {"places": 6, "auto_merge": 1e-9}])
+def test_however_it_is_scheduled(fields: dict[str, Any], base_folder: Path, adapter_folders: dict[str, Path],
+                                 reference: Callable[..., list[int]]) -> None:
+    cases = CASES[::3]
+    with open_service(config(base_folder, **fields), adapter_folders) as service:
+        alone = ask(service, *CASES[2]).tokens
+        assert alone == reference(tokens_of(CASES[2][0]), CASES[2][1], 12)
+        listeners = [ask(service, *case) for case in cases]
+        assert [x.tokens for x in listeners] == [reference(tokens_of(prompt), mix, 12) for prompt, mix in cases]
+
+
+def test_a_beginning_is_computed_once_for_each_adapter(service: Service, reference: Callable[..., list[int]]) -> None:
+    prompt = PROMPTS[-1]
+    first = ask(service, prompt, {"wide": 1.0})
+    assert first.tokens == reference(tokens_of(prompt), {"wide": 1.0}, 12)
+    again, other = ask(service, prompt + " ?", {"wide": 1.0}), ask(service, prompt, {"small": 1.0})
+    assert again.tokens == reference(tokens_of(prompt + " ?"), {"wide": 1.0}, 12)
+    assert other.tokens == reference(tokens_of(prompt), {"small": 1.0}, 12)
+    assert again.events[0].reused == len(tokens_of(prompt))
+    assert other.events[0].reused == 0
+
+
+def test_few_adapters_in_memory_and_the_same_answers(base_folder: Path, adapter_folders: dict[str, Path],
+                                                     reference: Callable[..., list[int]]) -> None:
+    with open_service(config(base_folder, places=2), adapter_folders) as service:
+        service.engine.pool.budget = 30_000  # of 4 KB to 45 KB each
+        got = [ask(service, *case).tokens for case in CASES[:14]]
+        assert service.engine.pool.evictions > 3
+        assert got == [reference(tokens_of(prompt), mix, 12) for prompt, mix in CASES[:14]]
+
+
+def test_a_name_that_is_used_again_means_the_new_adapter(base_folder: Path, tmp_path: Path) -> None:
+    def answer(service: Service) -> list[int]:
+        return ask(service, PROMPTS[-1], {"a": 1.0}).tokens
+
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 60, "target_modules": "all-linear"}
+    old, new = (write_adapter(base_folder, tmp_path / str(seed), seed, **fields) for seed in (1, 2))
+    with open_service(config(base_folder), {"a": new}) as service:
+        expected = answer(service)
+    with open_service(config(base_folder), {"a": old}) as service:
+        before = answer(service)
+        service.unload_adapter("a")
+        service.engine.call(lambda: service.engine.pool.register("a", new)).result(10)
+        assert answer(service) == expected != before
+        write_adapter(base_folder, new, 1, **fields)  # the folder itself is replaced
+        assert answer(service) == before
+
+
+def test_a_merged_adapter_is_undone_to_the_bit(base_folder: Path, adapter_folders: dict[str, Path],
+                                               reference: Callable[..., list[int]]) -> None:
+    with open_service(config(base_folder, auto_merge=1e-9), adapter_folders) as service:
+        before = {name: (p.data_ptr(), p.clone()) for name, p in service.base.model.named_parameters()}
+        assert ask(service, PROMPTS[0], {"wide": 1.0}).tokens == reference(tokens_of(PROMPTS[0]), {"wide": 1.0}, 12)
+        assert service.engine._merge is not None
+        assert service.engine._merge.merges == 1
+        assert ask(service, PROMPTS[0], {}).tokens == reference(tokens_of(PROMPTS[0]), {}, 12)
+        for name, p in service.base.model.named_parameters():
+            assert p.data_ptr() == before[name][0]
+            assert torch.equal(p, before[name][1])
+
+
+def test_a_seed_means_the_same_beside_any_neighbours(service: Service) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=15, seed=7, ignore_eos=True)
+    alone = ask(service, PROMPTS[0], {"small": 1.0}, params).tokens
+    others = [ask(service, prompt, mix, SamplingParams(max_tokens=20, seed=i)) for i, (prompt, mix)
+              in enumerate(CASES[:5])]
+    assert ask(service, PROMPTS[0], {"small": 1.0}, params).tokens == alone
+    assert all(other.finish for other in others)
+    assert ask(service, PROMPTS[0], {"small": 1.0}, SamplingParams(max_tokens=10, temperature=1.3, seed=8,
+                                                                   ignore_eos=True)).tokens != alone
+
+
+def test_cancelled_requests_free_their_places(service: Service) -> None:
+    long = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+    listeners = [Listener() for _ in range(20)]
+    sequences = [service.submit(tokens_of("hello"), {"small": 1.0}, long, [one]).result(10)[0] for one in listeners]
+    service.cancel(sequences)
+    assert {one.finish for one in listeners} <= {"cancelled", "length"}
+    service.engine.call(lambda: None).result(10)
+    assert service.engine.scheduler.idle
+    assert len(service.engine.scheduler.places.free) == 6
+    assert all(not entry.pins for entry in service.engine.pool._by_number.values())
+
+
+def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(service: Service, base_folder: Path,
+                                                                tmp_path: Path) -> None:
+    broken = write_adapter(base_folder, tmp_path / "broken", 5, r=2, target_modules=["q_proj"])
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    service.engine.call(lambda: service.engine.pool.register("broken", broken)).result(10)
+    bad, good = ask(service, "hello", {"broken": 1.0}), ask(service, "hello", {"small": 1.0})
+    assert bad.finish == "error"
+    assert bad.events[-1].refused
+    assert good.finish == "length"
+    assert ask(service, "hello", {"broken": 1.0}).finish == "error"
+
+
+@pytest.mark.parametrize("build", ["gpt2", "mamba", "opt"])
+def test_other_architectures_give_their_own_greedy_answers(build: str, base_folder: Path) -> None:
+    """A model that cannot run in one row is found out by the trial and runs apart."""
+    import transformers as hf
+
+    from deltaw import bases
+    from deltaw.serve.service import build as build_service
+
+    torch.manual_seed(3)
+    model: Any = {
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=20, n_embd=32, n_layer=2, n_head=4,
+                                                         n_positions=64)),
+        "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2)),
+        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, ffn_dim=48,
+                                                      num_attention_heads=4, max_position_embeddings=64,
+                                                      word_embed_proj_dim=32)),
+    }[build]().eval()
+    tiny = bases.load_base(str(base_folder), dtype="fp32")
+    base = bases.Base(model=model, tokenizer=tiny.tokenizer, source="x", kind="folder", folder=None,
+                      dtype=torch.float32, dtype_reason="")
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokens_of(prompt)
+        with torch.no_grad():
+            for _ in range(8):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[-8:])
+    service = build_service(config(base_folder), base)
+    print(build, type(service.engine._runner).__name__)
+    assert (type(service.engine._runner).__name__ == "ApartRunner") >= (build == "mamba")
+    service.engine.start()
+    try:
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        assert [x.tokens for x in [ask(service, prompt, {}, params) for prompt in PROMPTS]] == expected
+    finally:
+        service.close()

@@ -1,0 +1,179 @@
+"""Who may do what, limits, disconnects and adapters at run time, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deltaw.serve.service import Service, open_service
+from tests.serve.conftest import config, live, write_adapter
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+LONG = CHAT | {"max_tokens": 48, "ignore_eos": True}
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server, timeout=30) as client:
+        yield client
+
+
+def wait_until_idle(service: Service) -> None:
+    end = time.monotonic() + 10
+    while not service.engine.scheduler.idle:
+        assert time.monotonic() < end, "the place of a client that left is still taken"
+        time.sleep(0.01)
+
+
+def slow(service: Service, seconds: float = 0.05) -> None:
+    """Make every step take so long."""
+    step = service.engine.step
+    service.engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign,assignment,func-returns-value]
+
+
+def test_state(client: httpx.Client) -> None:
+    client.post("/v1/chat/completions", json=CHAT)
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"status": "ready"}
+    assert set(client.get("/version").json()) == {"version"}
+    assert "deltaw" in client.get("/").text
+    assert client.get("/v1/adapters/wide").json()["alpha"] == 60
+    assert client.get("/v1/adapters/wid").status_code == 404
+    assert [a["name"] for a in client.get("/lora-adapters").json()] == ["small", "wide", "scaled", "head"]
+    from prometheus_client.parser import text_string_to_metric_families
+
+    figures = {s.name: s.value for family in text_string_to_metric_families(client.get("/metrics").text)
+               for s in family.samples}
+    assert figures["deltaw_generated_tokens_total"] >= 1
+    assert figures["deltaw_adapters_registered"] == 4
+
+
+@pytest.mark.parametrize(("path", "body", "status"), [
+    ("/v1/chat/completions", b"{", 400), ("/v1/chat/completions", b"[]", 400), ("/v1/nothing", b"{}", 404),
+    ("/v1/chat/completions", b'{"model": "tiny", "messages": [{"role": "king", "content": "x"}]}', 400),
+    ("/v1/completions", b'{"model": "tiny", "prompt": [99999]}', 400),
+    ("/v1/completions", b'{"model": "tiny", "prompt": ""}', 400),
+    ("/v1/completions", b'{"model": "tiny", "prompt": "x", "temperature": NaN}', 400),
+    ("/v1/load_lora_adapter", b'{"lora_name": "x", "lora_path": "y"}', 403),
+    ("/v1/unload_lora_adapter", b'{"lora_name": "small"}', 403),
+])
+def test_errors_have_openais_form(path: str, body: bytes, status: int, client: httpx.Client) -> None:
+    reply = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == status
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_its_own_document_holds_against_random_requests(server: str) -> None:
+    """schemathesis: no request that the document allows, and none that it does not, ends in a 500."""
+    import hypothesis
+    import schemathesis
+    from schemathesis.checks import not_a_server_error
+
+    schema = schemathesis.openapi.from_url(f"{server}/openapi.json")
+
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) >= 9
+    for operation in operations:
+        strategy = operation.as_strategy()
+
+        @hypothesis.given(strategy)
+        @hypothesis.settings(max_examples=8, deadline=None, suppress_health_check=list(hypothesis.HealthCheck),
+                             database=None)
+        def one(case: Any) -> None:
+            case.call_and_validate(checks=[not_a_server_error], timeout=30)
+
+        one()
+
+
+def test_a_key_is_asked_of_everything_that_tells_or_does_something(base_folder: Path) -> None:
+    with open_service(config(base_folder, api_key="secret"), {}) as service, live(service) as url:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
+                assert httpx.get(url + path, headers=headers).status_code == 401
+            assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=headers).status_code == 401
+        good = {"Authorization": "Bearer secret"}
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=good, timeout=30).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_body_that_is_too_long(base_folder: Path) -> None:
+    with open_service(config(base_folder, max_request_bytes=2000), {}) as service, live(service) as url:
+        long = json.dumps(CHAT | {"user": "x" * 3000}).encode()
+        kind = {"Content-Type": "application/json"}
+        assert httpx.post(f"{url}/v1/chat/completions", content=long, headers=kind).status_code == 413
+        chunked = (long[i:i + 500] for i in range(0, len(long), 500))  # with no length told beforehand
+        assert httpx.post(f"{url}/v1/chat/completions", content=chunked, headers=kind).status_code == 413
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30).status_code == 200
+
+
+def test_a_full_queue_and_a_time_limit(base_folder: Path) -> None:
+    with open_service(config(base_folder, places=1, max_waiting=2, timeout=1.0), {}) as service, \
+            live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
+        slow(service)
+        reply = client.post("/v1/chat/completions", json=LONG | {"n": 3})
+        assert reply.status_code == 429
+        assert "retry-after" in reply.headers
+        assert client.post("/v1/chat/completions", json=LONG).status_code == 504
+        wait_until_idle(service)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(stream: bool, base_folder: Path) -> None:
+    with open_service(config(base_folder, places=1), {}) as service, live(service) as url:
+        slow(service)
+        if stream:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG | {"stream": True}) as reply:
+                assert "content" in next(reply.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/chat/completions", json=LONG, timeout=0.4)
+        wait_until_idle(service)
+        assert service.engine.counters.finished == {"cancelled": 1}
+
+
+# ------------------------------------------------------------------------------------------------ adapters at run time
+
+
+@pytest.fixture
+def root(base_folder: Path, tmp_path: Path) -> Path:
+    """A root with one good adapter, a broken one, one of another base, and links that lead out."""
+    root = tmp_path / "root"
+    write_adapter(base_folder, root / "good", 9, r=2, lora_alpha=30, target_modules="all-linear")
+    shutil.copytree(root / "good", tmp_path / "outside")
+    shutil.copytree(root / "good", root / "broken")
+    (root / "broken" / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    (root / "link").symlink_to(tmp_path / "outside")
+    shutil.copytree(root / "good", root / "inner")
+    (root / "inner" / "adapter_model.safetensors").unlink()
+    (root / "inner" / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "adapter_model.safetensors")
+    return root
+
+
+def test_adapters_come_and_go_and_only_from_the_root(base_folder: Path, root: Path, tmp_path: Path) -> None:
+    runtime = config(base_folder, allow_runtime_loading=True, adapter_root=str(root))
+    with open_service(runtime, {}) as service, live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
+        def load(path: str, name: str = "new") -> httpx.Response:
+            return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+
+        outside = str(tmp_path / "outside")
+        for path in (outside, "../outside", "good/../../outside", "link", "inner", "broken", "nowhere", "/etc",
+                     "someone/adapter", "https://example.org/a", "~/a", ".", "good\0", "x" * 5000):
+            reply = load(path)
+            assert reply.status_code == 400, path
+            assert "error" in reply.json()
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny"]
+        assert load("good").status_code == 200
+        assert load("good").status_code == 409
+        assert load("good", "tiny").status_code == 400
+        assert client.post("/v1/chat/completions", json=CHAT | {"model": "new"}).status_code == 200
+        assert load(str(root / "good"), "absolute").status_code == 200
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "new"}).status_code == 200
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "new"}).status_code == 404
+        assert client.post("/v1/chat/completions", json=CHAT | {"model": "new"}).status_code == 404

@@ -1,0 +1,86 @@
+"""The plan before a run: said in three lines, a refusal only of what cannot fit, and no harm where planning fails."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import deltaw.plan.run as planning
+from deltaw.errors import ConfigError
+from deltaw.plan.devices import Device
+from deltaw.train.config import TrainConfig
+from deltaw.train.foresight import MARGIN, check_weights, heaviest, look_ahead
+
+
+@pytest.fixture
+def run(tiny_llama: Any, tmp_path: Any) -> tuple[TrainConfig, Any, Any]:
+    tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=4).save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), data="x", out="y", device="cpu", dtype="fp32", batch_size=4)
+    train = SimpleNamespace(lengths=np.array([10, 900, 1000, 20, 1100]), label_names=None,
+                            stats=SimpleNamespace(tokens=3030, supervised_tokens=1515))
+    examples = SimpleNamespace(train=train, train_rows=np.arange(5))
+    return config, SimpleNamespace(folder=tmp_path, dtype=torch.float32), examples
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(planning, "find_device", lambda *_: Device(name="a small one", kind="cpu", memory=size))
+
+
+def peak_of(said: list[str]) -> float:
+    value, unit = said[1].split()[1:3]
+    return float(value.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_a_run_that_fits_is_told_in_three_lines(run: Any) -> None:
+    said = look_ahead(*run)
+    assert len(said) == 3
+    assert "fits" in said[2]
+
+
+def test_only_what_cannot_fit_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, examples = run
+    peak = peak_of(look_ahead(config, base, examples))
+    limited(monkeypatch, int(peak * (1 - MARGIN) * 1.03))  # too small by the plan, and within what it may be wrong by
+    assert "DOES NOT FIT" in look_ahead(config, base, examples)[2]
+    limited(monkeypatch, int(peak * (1 - MARGIN) * 0.97))
+    with pytest.raises(ConfigError, match="a run that fits"):
+        look_ahead(config, base, examples)
+    warned = TrainConfig.from_dict(config.to_dict() | {"plan": "warn"})
+    assert "DOES NOT FIT" in look_ahead(warned, base, examples)[2]
+    silent = TrainConfig.from_dict(config.to_dict() | {"plan": "off"})
+    assert look_ahead(silent, base, examples) == []
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run[0]
+    check_weights(config)
+    limited(monkeypatch, 1000)
+    with pytest.raises(ConfigError, match="to be loaded"):
+        check_weights(config)
+
+
+def test_planning_that_fails_stops_no_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a network that nobody foresaw")
+
+    monkeypatch.setattr("deltaw.train.foresight.plan", broken)
+    assert look_ahead(*run) == []
+
+
+def test_a_plan_draws_nothing(run: Any) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    look_ahead(*run)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_heaviest_batch() -> None:
+    lengths = [1100, 1000, 900, 20, 10]
+    assert heaviest(lengths, 3, None) == (3, 1000)
+    assert heaviest(lengths, 3, 2100) == (2, 1050)
+    assert heaviest(lengths, 3, 500) == (1, 1100)

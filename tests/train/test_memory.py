@@ -1,0 +1,34 @@
+"""Freed tensors leave the process where that was asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOLES = """
+import sys, torch
+from deltaw.train.memory import memory_in_use, release_at_once
+done = sys.argv[1] == "at once" and release_at_once()
+torch.ones(1 << 22)  # 16 MB, freed: from now on glibc keeps what is smaller in its heap
+tensors = [torch.ones(1 << 20) for _ in range(40)]
+before = memory_in_use()
+del tensors[::2]
+print(int(done), (before - memory_in_use()) >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is what this is about")
+def test_holes_are_given_back(repo: Path) -> None:
+    def given_back(how: str) -> tuple[int, int]:
+        run = subprocess.run([sys.executable, "-c", HOLES, how], cwd=repo, capture_output=True, text=True, check=True)
+        done, mib = map(int, run.stdout.split())
+        return done, mib
+
+    done, at_once = given_back("at once")
+    if not done:
+        pytest.skip("the C library is not glibc")
+    assert at_once >= 70  # of 80
+    assert given_back("as it comes")[1] <= 20
