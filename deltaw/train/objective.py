@@ -119,8 +119,13 @@ class CausalLoss:
         `parts` gives stretches of the flattened batch terms of their own: the place where each ends, and its terms.
         """
         if model not in self._layers and not self.every_position:
-            with torch.random.fork_rng(), torch.no_grad():
-                self._stretched(model, batch)  # finds out what the model does to its logits
+            was_training = model.training
+            model.eval()  # so that nothing is drawn, from whatever generator
+            try:
+                with torch.no_grad():
+                    self._stretched(model, batch)  # finds out what the model does to its logits
+            finally:
+                model.train(was_training)
         inputs, where, targets_N = _positions(batch)
         parts = parts if parts is not None else [(batch["labels"].numel(), self.terms)]
         edges = [0, *torch.searchsorted(where, torch.tensor([stop for stop, _ in parts], device=where.device)).tolist()]

@@ -65,6 +65,7 @@ def test_each_weight_is_dequantized_once_each_way(quantized: Callable[[], Base],
     assert calls[5] == calls[1]
 
 
+@pytest.mark.slow
 def test_jobs_over_a_packed_base_are_each_alone(quantized: Callable[[], Base], color_rows: Path, base_folder: Path,
                                                 tmp_path: Path) -> None:
     make = config_maker(base_folder, color_rows, tmp_path)
