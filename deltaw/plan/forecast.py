@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,7 +89,8 @@ class Setting:
     @cached_property
     def linears(self) -> list[int]:
         """Sizes of the matrices that a quantizer takes: linear layers that are no output layer."""
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        model: Any = self.model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head] or [0]
 
 

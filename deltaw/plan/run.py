@@ -133,7 +133,7 @@ def _method(forecast: Forecast, *, search: bool) -> MethodPlan:
     setting, config = forecast.setting, forecast.setting.config
     sizes = forecast.sizes(config.lora.r)
     sites = {t.site.name: t.parameters for t in setting.targets} if forecast.method in ("lora", "qlora") else {}
-    files: dict[str, int] = {"adapter_bytes": memory.adapter_bytes(sizes),
+    files: dict[str, Any] = {"adapter_bytes": memory.adapter_bytes(sizes),
                              "checkpoint_bytes": memory.checkpoint_bytes(sizes, config)}
     counted = MethodPlan(method=forecast.method, parameters=sizes.trained, sites=sites, **files)
     if not sizes.trained:

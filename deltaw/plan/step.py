@@ -133,7 +133,7 @@ def _forward_alone(model: Any, config: PlanConfig, point: Point) -> float:
     model.eval()
     with torch.no_grad(), Tape([*tensors_of(model), *inputs.values()]) as tape:
         _forward(model, config, inputs, point)
-    return tape.peak
+    return float(tape.peak)
 
 
 def tune(model: Any, config: PlanConfig, method: Method) -> None:
