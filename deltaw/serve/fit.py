@@ -13,7 +13,6 @@ from torch import nn
 
 from deltaw import bases, store
 from deltaw.core import Adapter
-from deltaw.core.layers import floating
 from deltaw.core.state import SwitchState
 from deltaw.errors import AdapterFileError, BaseMismatchError, Fault
 from deltaw.inject import Hosts, find_sites
@@ -37,7 +36,6 @@ class Fitting:
         self.site_map = find_sites(model)
         self._hosts = Hosts(model, SwitchState())
         self._fingerprint = bases.fingerprint(self._parameters())
-        self._packed = any(not floating(p) for _, p in self._parameters())
 
     @torch.no_grad()
     def fit(self, adapter: Adapter) -> Fitted:
@@ -52,7 +50,7 @@ class Fitting:
                                          "Merge it into a base of its own: deltaw merge"))
         recorded = adapter.facts.get("base")
         if recorded and not self.any_base:
-            fault = bases.compare(bases.Fingerprint.from_dict(recorded), self._fingerprint, quantized=self._packed)
+            fault = bases.compare(bases.Fingerprint.from_dict(recorded), self._fingerprint)
             if fault is not None:
                 raise BaseMismatchError(fault)
         targets = values.targets_of(adapter, self.model, self.site_map)
