@@ -108,11 +108,11 @@ def plan(config: PlanConfig, *, search: bool = True, calibrates: bool = False) -
 
 
 def loading(config: PlanConfig) -> tuple[Memory, Device]:
-    """What bringing the base in takes at its peak, and the device; nothing is run, so that it costs next to nothing."""
+    """What bringing the base in takes at its peak, as the first method holds it, and the device; nothing is run."""
     device = find_device(config.device)
     shapes = read_shapes(config.model, task=config.task, num_labels=config.num_labels)
     setting = Setting(config, shapes, device, _dtype(config, device), None)
-    return Forecast(setting, "lora").peak("load"), device
+    return Forecast(setting, config.methods[0]).peak("load"), device
 
 
 def _dtype(config: PlanConfig, device: Device) -> torch.dtype:
