@@ -17,7 +17,6 @@ from deltaw.baselines.part import Part, Row, fill
 from deltaw.baselines.replaced import Replaced
 from deltaw.bases.load import TAKEN_POSITIONS
 from deltaw.core import LoraConfig
-from deltaw.core.layers import floating
 from deltaw.errors import BaseMismatchError, Fault, StateError
 from deltaw.switch import Switchboard
 
@@ -193,7 +192,6 @@ class Baseline:
 
 def check_base(recorded: Mapping[str, Any], tuned: Baseline) -> None:
     """Refuse values that were made on another base, as for an adapter."""
-    packed = any(not floating(p) for p in tuned.model.parameters())
-    fault = bases.compare(bases.Fingerprint.from_dict(recorded), tuned.fingerprint(head=False), quantized=packed)
+    fault = bases.compare(bases.Fingerprint.from_dict(recorded), tuned.fingerprint(head=False))
     if fault is not None:
         raise BaseMismatchError(fault)

@@ -99,7 +99,8 @@ def compare(recorded: Fingerprint, current: Fingerprint) -> Fault | None:
         return Fault("base", "cannot be compared: the fingerprint has another number of samples",
                      f"{len(current.sample)}, got {len(recorded.sample)}", remedy)
     rounded = {*recorded.rounded, *current.rounded}
-    pairs, coarse = [], []
+    pairs: list[tuple[float, float]] = []
+    coarse: list[tuple[float, float]] = []
     for i, (a, b) in enumerate(zip(recorded.sample, current.sample, strict=True)):
         if math.isfinite(a) and math.isfinite(b):
             (coarse if i in rounded else pairs).append((a, b))

@@ -109,7 +109,9 @@ def ranks_in_budget(config: SweepConfig) -> dict[str | None, int]:
 
 def values_per_rank(train: TrainConfig, targets: str | None) -> int:
     """Trained values of a target set at rank 1."""
-    lora = replace(train.lora, r=1, **({"target_modules": target_names(targets)} if targets else {}))
+    lora = replace(train.lora, r=1)
+    if targets is not None:
+        lora = replace(lora, target_modules=target_names(targets))
     base = bases.load_base(train.model, task=train.task, device="meta", **_labels(train))
     return _count(base.model, lora)
 

@@ -56,7 +56,7 @@ def do(run: Run, place: Path, identity: str) -> Outcome:
         from deltaw.compare.judge import judge
 
         judged = judge(run, config, tuned, result.data.get("labels"))
-        latency = judged.latency
+        latency = dict(judged.latency)
         if judged.figures:
             figures, rows = judged.figures, judged.rows
     curve = tuple((int(row["step"]), float(row["loss"])) for row in result.curve if row.get("event") == "eval")

@@ -196,9 +196,11 @@ def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tens
     if keep is not None:
         dx_NI = _dropped(dH @ A, keep, kept)
     for g_NO, W_OI in zip(g, W, strict=True):
-        if g_NO is not None and isinstance(W_OI, Stripped):
+        if g_NO is None:
+            continue
+        if isinstance(W_OI, Stripped):
             dx_NI = W_OI.add_transposed(g_NO, dx_NI)
-        elif g_NO is not None:
+        else:
             dx_NI = g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
     assert dx_NI is not None  # one of the outputs has a gradient
     return (dx_NI if keep is not None else dx_NI.addmm_(dH, A)).view(x.shape)

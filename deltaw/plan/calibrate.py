@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from deltaw.bases.gguf import home
+from deltaw.bases.kept import home
 from deltaw.store.atomic import replace_folder
 
 NARROW = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -58,8 +59,9 @@ def known_rates(dtype: torch.dtype, threads: int) -> Rates | None:
     """The rates that were measured before, or None."""
     try:
         values = json.loads(rates_file(dtype, threads).read_text(encoding="utf-8"))
-        return Rates(**{name: {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
-                        for name, value in values.items()})
+        read: dict[str, Any] = {name: {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
+                                for name, value in values.items()}
+        return Rates(**read)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 

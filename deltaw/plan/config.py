@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 from deltaw.core.config import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
 
-Method = Literal["full", "bitfit", "prompt", "prefix", "houlsby", "lin", "pfeiffer", "lora", "qlora"]
+Method = Literal["full", "bitfit", "preembed", "prelayer", "adapter-h", "adapter-l", "adapter-p", "lora", "qlora"]
 METHODS: tuple[Method, ...] = get_args(Method)
-SHOWN: tuple[Method, ...] = ("full", "bitfit", "prefix", "houlsby", "lora", "qlora")
+SHOWN: tuple[Method, ...] = ("full", "bitfit", "prelayer", "adapter-h", "lora", "qlora")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 
 
@@ -21,7 +21,7 @@ class PlanConfig:
     """Everything that decides what a run needs. Options of training have the names they have there.
 
     >>> PlanConfig(model="llama-7b", batch_size=1, max_length=512).methods
-    ('full', 'bitfit', 'prefix', 'houlsby', 'lora', 'qlora')
+    ('full', 'bitfit', 'prelayer', 'adapter-h', 'lora', 'qlora')
     """
 
     model: str

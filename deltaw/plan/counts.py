@@ -4,12 +4,12 @@ Low-rank changes are counted at the very sites where `attach` would put them, on
 ways are counted by the closed forms of their papers, with d the width, L the layers, n trained positions, m the
 bottleneck and k the width of all keys of a layer:
 
-    prompt     d·n                      Lester et al. 2021; PreEmbed of the LoRA paper, n = l_p + l_i
+    preembed   d·n                      PreEmbed of the LoRA paper, Lester et al. 2021; n = l_p + l_i
     prelayer   L·d·n                    PreLayer of the LoRA paper (section 5.1)
-    prefix     2·L·k·n                  Li & Liang 2021: a key and a value at each position of each layer
-    houlsby    2·L·(2·d·m + m + d)      Houlsby et al. 2019: after attention and after the MLP, with biases
-    lin        L·(2·d·m + m + d + 2·d)  Lin et al. 2020: after the MLP and a LayerNorm of its own
-    pfeiffer   L·(2·d·m + m + d)        Pfeiffer et al. 2021: after the MLP
+    (prefix)   2·L·k·n                  the same by keys and values of the past, Li & Liang 2021
+    adapter-h  2·L·(2·d·m + m + d)      Houlsby et al. 2019: after attention and after the MLP, with biases
+    adapter-l  L·(2·d·m + m + d + 2·d)  Lin et al. 2020: after the MLP and a LayerNorm of its own
+    adapter-p  L·(2·d·m + m + d)        Pfeiffer et al. 2021: after the MLP
     bitfit     every bias               Ben Zaken et al. 2022
 """
 

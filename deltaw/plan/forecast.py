@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,7 +89,8 @@ class Setting:
     @cached_property
     def linears(self) -> list[int]:
         """Sizes of the matrices that a quantizer takes: linear layers that are no output layer."""
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        model: Any = self.model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head] or [0]
 
 
@@ -111,15 +113,15 @@ class Forecast:
                 return setting.values
             case "bitfit":
                 return setting.biases
-            case "prompt":
+            case "preembed":
                 return counts.prompt(dims, config.virtual_tokens) + head
-            case "prefix":
-                return counts.prefix(dims, config.virtual_tokens) + head
-            case "houlsby":
+            case "prelayer":
+                return counts.prelayer(dims, config.virtual_tokens) + head
+            case "adapter-h":
                 return counts.houlsby(dims, config.bottleneck) + head
-            case "lin":
+            case "adapter-l":
                 return counts.lin(dims, config.bottleneck) + head
-            case "pfeiffer":
+            case "adapter-p":
                 return counts.pfeiffer(dims, config.bottleneck) + head
 
     def sizes(self, rank: int) -> Sizes:
@@ -154,7 +156,7 @@ class Forecast:
         tokens, item = at.batch * at.length, self.setting.item
         if self.method in ("lora", "qlora"):
             first += (at.rank - config.lora.r) * tokens * item * sum(1 for t in self.setting.targets if t.rank)
-        layers = {"houlsby": 2, "lin": 1, "pfeiffer": 1}.get(self.method, 0) * self.setting.dims.layers
+        layers = {"adapter-h": 2, "adapter-l": 1, "adapter-p": 1}.get(self.method, 0) * self.setting.dims.layers
         return first + layers * tokens * item * (self.setting.dims.width + 2 * config.bottleneck)
 
     def peak(self, phase: Phase, at: At | None = None) -> Memory:

@@ -59,7 +59,7 @@ def setting(model: str, lora: LoraConfig, **options: object) -> Setting:
 
 def gpt3() -> Iterator[Row]:
     """Memory, checkpoints and a hundred tasks."""
-    lora = LoraConfig(r=4, target_modules=["c_attn"], target_slices={"c_attn": "q-v"})
+    lora = LoraConfig(r=4, target_modules=("c_attn",), target_slices={"c_attn": "q-v"})
     base = setting("gpt3-175b", lora)
     values, trained = base.values, Forecast(base, "lora").trained(4)
     frozen, whole = 2 * values, (2 + 2 + 2) * values
@@ -84,7 +84,7 @@ _QLORA = (("llama-7b", 6.9), ("llama-13b", 11.3), ("llama-33b", 24.7), ("llama-6
 
 def qlora() -> Iterator[Row]:
     """LLaMA's adapters, and the totals of the QLoRA paper."""
-    q_v = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    q_v = LoraConfig(r=8, target_modules=("q_proj", "v_proj"))
     small = Forecast(setting("llama-7b", q_v), "lora").trained(8)
     yield Row("LLaMA-7B adapter, r=8 on q and v", "8 MB", size(2 * small), judge(8e6, 2 * small),
               f"{small:,} values in 16 bits: {2 * small / 2**20:.1f} MiB; in float32 twice that")
@@ -127,13 +127,13 @@ def tables() -> Iterator[Row]:
             ("deberta-v2-xxlarge", 8, 4.7e6, "r=8 on q and v, as table 10 says: half of it. The count is that of r=16, "
                                              "which the published scripts use")):
         names = ["query_proj", "value_proj"] if name.startswith("deberta") else _Q_V_BERT
-        base = setting(name, LoraConfig(r=r, target_modules=names))
+        base = setting(name, LoraConfig(r=r, target_modules=tuple(names)))
         count = Forecast(base, "lora").trained(r) - base.head
         yield row_of(f"{name}, LoRA", published, count, why)
-    twice = setting("deberta-v2-xxlarge", LoraConfig(r=16, target_modules=["query_proj", "value_proj"]))
+    twice = setting("deberta-v2-xxlarge", LoraConfig(r=16, target_modules=("query_proj", "value_proj")))
     yield row_of("deberta-v2-xxlarge, LoRA", 4.7e6, Forecast(twice, "lora").trained(16) - twice.head, "r=16 on q and v")
     for name, published in (("gpt2-medium", 0.35e6), ("gpt2-large", 0.77e6)):
-        base = setting(name, LoraConfig(r=4, target_modules=["c_attn"], target_slices={"c_attn": "q-v"}))
+        base = setting(name, LoraConfig(r=4, target_modules=("c_attn",), target_slices={"c_attn": "q-v"}))
         yield row_of(f"{name}, LoRA", published, Forecast(base, "lora").trained(4),
                      f"r=4 on q and v. The published figure is 0.1 % of the base ({base.values / 1e9:.3f} G)")
     for name, m, published in (("gpt2-medium", 6, 0.37e6), ("gpt2-medium", 224, 11.09e6), ("gpt2-large", 8, 0.88e6),
@@ -151,7 +151,7 @@ def tables() -> Iterator[Row]:
 def _gpt3_counts() -> Iterator[Row]:
     """Table 4."""
     gpt3 = dims("gpt3-175b")
-    base = setting("gpt3-175b", LoraConfig(r=1, target_modules=["c_attn"], target_slices={"c_attn": "q-v"}))
+    base = setting("gpt3-175b", LoraConfig(r=1, target_modules=("c_attn",), target_slices={"c_attn": "q-v"}))
     yield row_of("gpt3-175b, full", 175_255.8e6, base.values, "laid out as GPT-2 with a tied head; an untied head "
                  f"gives {base.values + 50257 * 12288:,}")
     yield row_of("gpt3-175b, BitFit", 14.2e6, base.biases, f"11 biases of width d in each layer and one at the end; "

@@ -108,11 +108,11 @@ def plan(config: PlanConfig, *, search: bool = True, calibrates: bool = False) -
 
 
 def loading(config: PlanConfig) -> tuple[Memory, Device]:
-    """What bringing the base in takes at its peak, and the device; nothing is run, so that it costs next to nothing."""
+    """What bringing the base in takes at its peak, as the first method holds it, and the device; nothing is run."""
     device = find_device(config.device)
     shapes = read_shapes(config.model, task=config.task, num_labels=config.num_labels)
     setting = Setting(config, shapes, device, _dtype(config, device), None)
-    return Forecast(setting, "lora").peak("load"), device
+    return Forecast(setting, config.methods[0]).peak("load"), device
 
 
 def _dtype(config: PlanConfig, device: Device) -> torch.dtype:
@@ -133,7 +133,7 @@ def _method(forecast: Forecast, *, search: bool) -> MethodPlan:
     setting, config = forecast.setting, forecast.setting.config
     sizes = forecast.sizes(config.lora.r)
     sites = {t.site.name: t.parameters for t in setting.targets} if forecast.method in ("lora", "qlora") else {}
-    files: dict[str, int] = {"adapter_bytes": memory.adapter_bytes(sizes),
+    files: dict[str, Any] = {"adapter_bytes": memory.adapter_bytes(sizes),
                              "checkpoint_bytes": memory.checkpoint_bytes(sizes, config)}
     counted = MethodPlan(method=forecast.method, parameters=sizes.trained, sites=sites, **files)
     if not sizes.trained:

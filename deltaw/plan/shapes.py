@@ -138,7 +138,8 @@ def _hub(model: str) -> Shapes:
                                    "of " + ", ".join(ARCHITECTURES), near(model.rpartition("/")[2].lower(),
                                                                           ARCHITECTURES))) from error
     place = Place(model, "hub", Path(file).parent)
-    sizes = {dtype: count * _BITS.get(dtype, 16) // 8 for dtype, count in metadata.parameter_count.items()}
+    sizes: dict[str, int] = {dtype: count * _BITS.get(dtype, 16) // 8
+                             for dtype, count in metadata.parameter_count.items()}
     return Shapes(source=model, config=_from_values(model, read_config(place)), stored_bytes=sum(sizes.values()),
                   stored_dtype=_most(sizes))
 

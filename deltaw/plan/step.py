@@ -69,8 +69,8 @@ class Steps:
 
     def at(self, method: Method, batch: int, length: int, rank: int | None = None) -> Step:
         """A step of this many examples of this length, of the whole network."""
-        kind: Method = "lora" if method == "qlora" else "prompt" if method in (
-            "prefix", "houlsby", "lin", "pfeiffer") else method
+        kind: Method = "lora" if method == "qlora" else "preembed" if method in (
+            "prelayer", "adapter-h", "adapter-l", "adapter-p") else method
         point = Point(kind, batch, length, rank or self.config.lora.r)
         if point not in self._known:
             self._known[point] = self._whole(point)
@@ -133,7 +133,7 @@ def _forward_alone(model: Any, config: PlanConfig, point: Point) -> float:
     model.eval()
     with torch.no_grad(), Tape([*tensors_of(model), *inputs.values()]) as tape:
         _forward(model, config, inputs, point)
-    return tape.peak
+    return float(tape.peak)
 
 
 def tune(model: Any, config: PlanConfig, method: Method) -> None:

@@ -58,14 +58,14 @@ class Work:
                     self.calls + times * other.calls)
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Listens to the operations in its block. `known` tensors, such as weights, were there before and are not counted.
 
     `answer` is given to the few questions about values that a forward asks: is nothing padded, is this one example?
     """
 
     def __init__(self, known: Iterable[Tensor] = (), *, answer: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.answer = answer
         self.now = self.peak = 0
         self.work = Work()
@@ -146,7 +146,7 @@ def _attention(name: str, args: tuple[Any, ...]) -> float:
     else:
         causal = any(a is True for a in args)
         pairs = query.shape[0] * query.shape[2] * key.shape[2] / (2 if causal else 1)
-    return 4.0 * heads * width * pairs * (_BACKWARD_OF_ATTENTION if backward else 1.0)
+    return float(4.0 * heads * width * pairs * (_BACKWARD_OF_ATTENTION if backward else 1.0))
 
 
 @contextmanager

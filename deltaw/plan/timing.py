@@ -76,4 +76,4 @@ def between(table: Mapping[int, float], size: int) -> float:
     at = bisect.bisect_right(sizes, size)
     low, high = sizes[at - 1], sizes[at]
     share = math.log(size / low) / math.log(high / low)
-    return table[low] ** (1 - share) * table[high] ** share
+    return float(table[low] ** (1 - share) * table[high] ** share)

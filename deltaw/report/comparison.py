@@ -65,7 +65,7 @@ def _by_size(result: StudyResult) -> str:
 
 
 def _published(result: StudyResult) -> str:
-    paper = result.config.get("paper")
+    paper = str(result.config.get("paper"))
     return _table_of(TABLES[paper]) if paper in TABLES else ""
 
 

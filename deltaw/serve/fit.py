@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltaw import bases, store
 from deltaw.core import Adapter
-from deltaw.core.layers import LowRank, floating
 from deltaw.core.state import SwitchState
 from deltaw.errors import AdapterFileError, BaseMismatchError, Fault
 from deltaw.inject import Hosts, find_sites
@@ -37,7 +36,6 @@ class Fitting:
         self.site_map = find_sites(model)
         self._hosts = Hosts(model, SwitchState())
         self._fingerprint = bases.fingerprint(self._parameters())
-        self._packed = any(not floating(p) for _, p in self._parameters())
 
     @torch.no_grad()
     def fit(self, adapter: Adapter) -> Fitted:
@@ -52,13 +50,15 @@ class Fitting:
                                          "Merge it into a base of its own: deltaw merge"))
         recorded = adapter.facts.get("base")
         if recorded and not self.any_base:
-            fault = bases.compare(bases.Fingerprint.from_dict(recorded), self._fingerprint, quantized=self._packed)
+            fault = bases.compare(bases.Fingerprint.from_dict(recorded), self._fingerprint)
             if fault is not None:
                 raise BaseMismatchError(fault)
         targets = values.targets_of(adapter, self.model, self.site_map)
-        placed = values.from_value(adapter, targets, self.site_map, self._hosts, dtype=self.dtype, trainable=False,
-                                   partial=False)
-        factors = {step.site.name: _scaled(step.slot) for step in placed if isinstance(step.slot, LowRank)}
+        factors = {}
+        for site, delta in values.fitting(adapter, targets, self.site_map, self._hosts):
+            scale = adapter.config.scaling(site.geometry.rank_of(delta.A, delta.B), site.name)
+            B_OR = site.geometry.dense_out(delta.B.to(self.dtype))
+            factors[site.name] = delta.A.to(self.dtype), (B_OR * scale).t().contiguous()
         return Fitted(factors, sum(A.nbytes + B.nbytes for A, B in factors.values()))
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -67,8 +67,3 @@ class Fitting:
     def _parameter_names(self, module: str) -> list[str]:
         found = self.site_map.modules.get(module)
         return [] if found is None else list(found._parameters)
-
-
-def _scaled(slot: LowRank) -> tuple[Tensor, Tensor]:
-    A, B = slot.factors()
-    return A.detach(), (B.detach() * slot.scaling).t().contiguous()

@@ -63,9 +63,16 @@ def fresh(config: LoraConfig, targets: list[Target], hosts: Hosts, *, dtype: tor
 def from_value(adapter: Adapter, targets: list[Target], sites: SiteMap, hosts: Hosts, *, dtype: torch.dtype | None,
                trainable: bool, partial: bool) -> list[Placed]:
     """Slots with an adapter's tensors, after checking all names and shapes; nothing is initialised first."""
+    return [_placed(adapter, site, delta, hosts, dtype, trainable)
+            for site, delta in fitting(adapter, targets, sites, hosts, partial=partial)]
+
+
+def fitting(adapter: Adapter, targets: list[Target], sites: SiteMap, hosts: Hosts, *,
+            partial: bool = False) -> list[tuple[Site, SiteDelta]]:
+    """What an adapter changes, each with its site in this model; BaseMismatchError lists all that does not fit."""
     expected = {target.site.name: target.site for target in targets}
     known = {**sites.weights, **sites.parameters, **expected}
-    faults, steps = [], []
+    faults, pairs = [], []
     for name, delta in adapter.sites.items():
         found = known.get(name)
         if found is None:
@@ -76,14 +83,14 @@ def from_value(adapter: Adapter, targets: list[Target], sites: SiteMap, hosts: H
         found_faults = [fault] if fault is not None else _saved_faults(site, delta, hosts)
         faults += found_faults
         if not found_faults:
-            steps.append(_placed(adapter, site, delta, hosts, dtype, trainable))
+            pairs.append((site, delta))
     if not partial:
         missing = [name for name in expected if name not in adapter.sites]
         faults += [Fault(f"site '{name}'", "has no tensors in the adapter", "one pair for each site its config targets",
                          "Pass partial=True if the file leaves it out on purpose") for name in missing]
     if faults:
         raise BaseMismatchError(*faults)
-    return steps
+    return pairs
 
 
 def targets_of(adapter: Adapter, model: nn.Module, sites: SiteMap) -> list[Target]:

@@ -8,12 +8,13 @@ than a warning. What goes wrong in planning itself never stops a run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from deltaw.bases import Base
 from deltaw.errors import ConfigError, DeltawError, Fault
-from deltaw.plan.config import Method, PlanConfig
+from deltaw.plan.config import METHODS, Method, PlanConfig
 from deltaw.plan.devices import resident_memory
 from deltaw.plan.run import MethodPlan, Plan, loading, plan
 from deltaw.plan.shapes import is_local
@@ -34,6 +35,7 @@ def check_weights(config: TrainConfig) -> None:
     if config.plan != "refuse" or not is_local(config.model):
         return
     asked = PlanConfig(model=config.model, task=config.task, dtype=config.dtype, device=_device(config),
+                       methods=("lora" if config.quantize == "none" else "qlora",), quantize=_quantized(config),
                        resident=resident_memory() or None)
     try:
         memory, device = loading(asked)
@@ -82,10 +84,9 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
     classifies = config.task == "seq-cls"
     share = 1.0 if classifies or not stats.tokens else stats.supervised_tokens / stats.tokens
     labels = examples.train.label_names
-    method: Method = "lora"
     return PlanConfig(
         model=str(base.folder or config.model), task=config.task, lora=config.lora,
-        num_labels=len(labels) if labels else 2, methods=(method,),
+        num_labels=len(labels) if labels else 2, methods=(planned_as(config),), quantize=_quantized(config),
         batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
         grad_accumulation=config.grad_accumulation, packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
@@ -93,6 +94,20 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
         rows=len(lengths), epochs=config.epochs, max_steps=config.max_steps, threads=config.threads,
         max_new_tokens=config.max_new_tokens,
         resident=resident_memory() + AHEAD if _device(config) == "cpu" and resident_memory() else None)
+
+
+def planned_as(config: TrainConfig) -> Method:
+    """The plan's name of what is trained; ConfigError for a method that it does not know."""
+    if config.method == "lora":
+        return "lora" if config.quantize == "none" else "qlora"
+    known = {method: method for method in METHODS}
+    if config.method not in known or config.quantize != "none":
+        raise ConfigError(Fault("plan", f"knows no {config.method} with quantize {config.quantize}", "another method"))
+    return known[config.method]
+
+
+def _quantized(config: TrainConfig) -> Literal["nf4", "fp4", "int8"]:
+    return "nf4" if config.quantize == "none" else config.quantize
 
 
 def _device(config: TrainConfig) -> str:
