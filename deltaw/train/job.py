@@ -22,6 +22,7 @@ from deltaw.train.config import TrainConfig
 from deltaw.train.decoding import device_of
 from deltaw.train.examples import Examples
 from deltaw.train.loop import Draw, Run, backward, due
+from deltaw.train.memory import saved_bytes
 from deltaw.train.objective import Objective
 from deltaw.train.prepare import Choices
 from deltaw.train.progress import Together
@@ -182,6 +183,12 @@ class ActiveJob:
                                       f"examples for {self.run.pace.steps} steps",
                                       "Give a stream that begins anew, or fewer steps")) from None
         return self.drawn
+
+    def bytes_per_token(self) -> float:
+        """What a token keeps for the backward pass, counted on a real batch with the adapter that is on."""
+        inputs, model = self.session.examples.first_batch(self.base).inputs, self.base.model
+        model.train()
+        return saved_bytes(lambda: self.session.objective.loss(model, inputs)) / inputs["input_ids"].numel()
 
     def backward_alone(self, number: int) -> float:
         """The gradient of one micro-batch in a pass of its own, as in a run alone; its share of the loss."""

@@ -36,7 +36,6 @@ from deltaw.train.jobs_record import Record
 from deltaw.train.joint import Piece, draws_in_training, why_apart
 from deltaw.train.many_config import ManyConfig
 from deltaw.train.many_result import ManyResult
-from deltaw.train.memory import saved_bytes
 from deltaw.train.objective import CausalLoss
 from deltaw.train.passes import gradients
 from deltaw.train.prepare import Choices, Preparation
@@ -130,8 +129,7 @@ class TrainMany:
         lora = replace(job.config.lora, task_type=job.config.lora.task_type or TASK_TYPES[job.config.task])
         original = self.base.folder if lora.starts_from_weights else None
         if not hasattr(self, "board"):
-            self.board: Switchboard = attach(self.base.model, lora, name=job.name, seed=job.config.seed,
-                                             original=original)
+            self.board: Switchboard = attach(self.base.model, lora, job.name, seed=job.config.seed, original=original)
             self.board.use(None)
         else:
             self.board.add(job.name, lora, seed=job.config.seed, original=original)
@@ -184,11 +182,7 @@ class TrainMany:
         if not joint:
             return
         with self._only(joint[0].name):
-            inputs = joint[0].session.examples.first_batch(self.base).inputs
-            self.base.model.train()
-            kept = saved_bytes(lambda: joint[0].session.objective.loss(self.base.model, inputs))
-        tokens = inputs["input_ids"].numel()
-        self.bytes_per_token = kept / tokens
+            self.bytes_per_token = joint[0].bytes_per_token()
         budget = self.config.budget_tokens
         if self.config.memory is not None:
             room = self.config.memory * 2**30 - 2 * 4 * STRETCH_VALUES
@@ -240,7 +234,7 @@ class TrainMany:
             return False
         chosen = [self.jobs[name] for name in self.scheduler.choose(tokens)]
         self.base.model.train()
-        losses, seconds = self._gradients(chosen)
+        losses, seconds = gradients(self.board, chosen, self.scheduler.budget, self._failing)
         for job in chosen:
             if job.status != "running":
                 continue
@@ -252,10 +246,6 @@ class TrainMany:
                 self._end(job)
         self.rounds += 1
         return True
-
-    def _gradients(self, chosen: Sequence[ActiveJob]) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Every chosen job's gradient in place; its losses, and its share of the time."""
-        return gradients(self.board, chosen, self.scheduler.budget, self._failing)
 
     def running(self) -> Iterator[ActiveJob]:
         """The jobs that can take a step."""

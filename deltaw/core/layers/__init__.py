@@ -10,9 +10,10 @@ from deltaw.core.layers.adapted import (
 )
 from deltaw.core.layers.conv import AdaptedConv
 from deltaw.core.layers.embedding import AdaptedEmbedding
-from deltaw.core.layers.linear import AdaptedLinear, plain_layers, share
+from deltaw.core.layers.linear import AdaptedLinear
 from deltaw.core.layers.saved import SAVED_CHILD, AdaptedModule
 from deltaw.core.layers.shared_input import watching
+from deltaw.core.layers.sharing import plain_layers, share
 from deltaw.core.layers.slots import LowRank, Slot, TrainedBias
 from deltaw.core.layers.substituted import AdaptedAttention, AdaptedParameters
 

@@ -10,8 +10,7 @@ goes stale.
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
 from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
-from deltaw.core.layers.shared_input import Narrow, calls, watched_by
+from deltaw.core.layers.shared_input import Narrow, calls
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
 from deltaw.core.packed import packed_weight
@@ -312,43 +311,6 @@ class AdaptedLinear(Adapted):
                              device=A_NRI.device)
         on = torch.tensor([name in position for name in route.names], device=A_NRI.device, dtype=dtype)
         return A_NRI.index_select(0, index), B_NRO.index_select(0, index) * on.view(-1, 1, 1)
-
-
-def share(runs: Sequence[Sequence[AdaptedLinear]]) -> list[Sequence[AdaptedLinear]]:
-    """Let the layers of each run, which get one tensor, be computed together; those called more than once stay alone.
-
-    Returns the groups of two and more.
-    """
-    times = Counter(id(layer) for run in runs for layer in run)
-    groups: list[Sequence[AdaptedLinear]] = []
-    for run in runs:
-        steady = [layer for layer in run if times[id(layer)] == 1]
-        for layer in run:
-            layer.followers, layer.narrow = (), None
-        if len(steady) > 1:
-            steady[0].followers = tuple(steady[1:])
-            narrow = Narrow(steady)
-            for place, layer in enumerate(steady):
-                layer.narrow, layer.place = narrow, place
-            groups.append(steady)
-    return groups
-
-
-def plain_layers(forward: Callable[[], object]) -> dict[str, tuple[str, ...]]:
-    """Watch one forward: the sites, by reason, that train in plain operations instead of as one fused node.
-
-    Both compute the same. Layers without an active adapter are left out.
-    """
-    found: dict[str, list[str]] = {}
-
-    def note(layer: AdaptedLinear, x: Tensor) -> None:
-        reason = layer.obstacle(x, training=True) if layer.active() else ""
-        if reason and layer.site not in found.setdefault(reason, []):
-            found[reason].append(layer.site)
-
-    with torch.no_grad(), watched_by(note):
-        forward()
-    return {reason: tuple(sites) for reason, sites in found.items()}
 
 
 def _name(dtype: torch.dtype | None) -> str:
