@@ -13,6 +13,7 @@ from deltaw.cli.main import VERBS
 from deltaw.cli.options import add_options, given
 from deltaw.cli.output import print_json, print_next
 from deltaw.cli.parser import Parser, UsageError
+from deltaw.cli.train_jobs import run_jobs
 from deltaw.core.config import LoraConfig
 from deltaw.train.config import TrainConfig
 
@@ -23,6 +24,7 @@ Lists are a,b; mappings are key=value,key=value; either may be JSON. `none` is n
   deltaw train --model my/base --data questions.csv --columns prompt=question,completion=answer --out adapters/qa
   deltaw train --config run.toml --learning-rate 1e-4 --out adapters/second
   deltaw train --config adapters/mine/train_config.json --resume
+  deltaw train --jobs jobs.yaml
 """
 METAVARS = {"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME", "metrics": "NAME,...",
             "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X", "valid": "FILE|X", "method": "NAME"}
@@ -39,6 +41,8 @@ def parser() -> Parser:
     group.add_argument("--config", metavar="FILE", help="Take options from a .json or .toml file with the names above, "
                        "those of the adapter under `lora` and of other methods under `baseline`; options given beside "
                        "it count more.")
+    group.add_argument("--jobs", metavar="FILE", help="Train many adapters over one base, as a .yaml or .json file of "
+                       "datasets, adapters and tasks says; only --resume and --report go with it.")
     group.add_argument("--report", dest="report", action=argparse.BooleanOptionalAction,
                        help="Write report.html beside the adapter. [default: true]")
     made.add_general_options()
@@ -66,6 +70,9 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 
 def run(options: argparse.Namespace) -> None:
     """Train, write the report, and say what to do next."""
+    if "jobs" in vars(options):
+        run_jobs(options)
+        return
     config = config_of(options)
     from deltaw.report import write_report
     from deltaw.train.run import train

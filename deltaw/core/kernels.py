@@ -121,7 +121,7 @@ class _LowRankLinear(torch.autograd.Function):
         H = _dropped(x_NI, keep, kept) @ _stack(A, x.dtype).t()
         outputs, start = [], 0
         for i, scale in enumerate(scales):
-            y_NO = _product(x_NI, W[i], b[i])
+            y_NO = product(x_NI, W[i], b[i])
             h_NR = H[:, start:start + A[i].shape[0]]
             y_NO.addmm_(h_NR, B[i].to(x.dtype).t(), alpha=scale)
             outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[-1]))
@@ -183,7 +183,7 @@ class _FrozenLinear(torch.autograd.Function):
         return dx.view(*g.shape[:-1], ctx.W.shape[1]), None, None
 
 
-def _product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None) -> Tensor:
+def product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None) -> Tensor:
     """x Wᵀ + b"""
     if isinstance(W, Stripped):
         return W.product(x_NI, b)

@@ -6,10 +6,11 @@ assignment, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +18,23 @@ from deltaw.core.packed import Workspace
 from deltaw.errors import Fault, RoutingError
 
 
+class Segment(NamedTuple):
+    """Consecutive tokens of a batch that use one adapter; `None` is the base."""
+
+    name: str | None
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Which adapter each row of a batch uses; `None` is the base."""
 
     names: tuple[str | None, ...]
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each name, where they lie end to end in the one row of the batch."""
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict, compare=False)
+    """Where an adapter's dropout is drawn from, apart from its neighbours'; torch's default one if it has none."""
 
     @property
     def unique(self) -> tuple[str, ...]:
@@ -33,11 +46,25 @@ class Route:
         """Whether all rows use the same."""
         return all(name == self.names[0] for name in self.names)
 
+    def segments(self, shape: torch.Size, site: str) -> tuple[Segment, ...]:
+        """The tokens of an input of this shape, (..., I), in runs of one adapter; refused if they do not fit."""
+        tokens = shape[:-1].numel()
+        if self.lengths is None:
+            return _segments(self.names, (self.repeats(shape[0], site) * (tokens // shape[0]),) * len(self.names))
+        if tokens != sum(self.lengths):
+            raise RoutingError(Fault(f"routing at site '{site}'", f"an input of {tokens} tokens",
+                                     f"{sum(self.lengths)}, the sum of the lengths",
+                                     "Only layers that see every token of the packed row can be routed so"))
+        return _segments(self.names, self.lengths)
+
     def repeats(self, size: int, site: str) -> int:
         """How many consecutive entries of a tensor's first dimension belong to each row.
 
         More than one where rows are flattened with their tokens, or repeated for beams; refused if it does not divide.
         """
+        if self.lengths is not None:
+            raise RoutingError(Fault(f"routing at site '{site}'", "tokens of one packed row", "rows of a batch",
+                                     "This kind of layer cannot tell packed tokens apart: give each adapter its rows"))
         if size % len(self.names) or not size:
             raise RoutingError(Fault(
                 f"routing at site '{site}'", f"an input of {size} rows", f"{len(self.names)} rows, or a multiple",
@@ -49,6 +76,19 @@ class Route:
         repeats = self.repeats(size, site)
         find = _rows.__wrapped__ if torch.compiler.is_compiling() else _rows  # the compiler warns of caches
         return {name: index.to(device) for name, index in find(self.names, repeats)}
+
+
+@lru_cache(maxsize=64)
+def _segments(names: tuple[str | None, ...], lengths: tuple[int, ...]) -> tuple[Segment, ...]:
+    runs: list[Segment] = []
+    start = 0
+    for name, length in zip(names, lengths, strict=True):
+        if runs and runs[-1].name == name:
+            runs[-1] = runs[-1]._replace(stop=start + length)
+        elif length:
+            runs.append(Segment(name, start, start + length))
+        start += length
+    return tuple(runs)
 
 
 @lru_cache(maxsize=64)

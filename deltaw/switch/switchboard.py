@@ -150,20 +150,25 @@ class Switchboard:
             self._state.mix, self._state.route = before
 
     @contextmanager
-    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+    def route(self, names: Sequence[str | None], *, lengths: Sequence[int] | None = None,
+              generators: Mapping[str, torch.Generator] | None = None) -> Iterator[None]:
         """One adapter (or None, the base) for each row of the batch, in training and inference.
 
         A tensor whose first dimension is a multiple of the number of names has its rows repeated in place (beams, or
-        tokens flattened row by row).
+        tokens flattened row by row). With `lengths` the batch is one packed row, and each name is for so many of its
+        tokens. Dropout of an adapter is drawn from its generator, where it has one.
         """
         self._check_unmerged("route")
         if isinstance(names, str) or not names:
             raise StateError(Fault("route()", f"got {names!r}", "one name or None for each row of the batch"))
+        if lengths is not None and (len(lengths) != len(names) or min(lengths) < 0):
+            raise StateError(Fault("route()", f"got lengths {list(lengths)}", f"a number of tokens for each of the "
+                                   f"{len(names)} names"))
         for name in {n for n in names if n is not None}:
             self._check_known(name)
         self._own.check_route(names)
         before = self._state.route
-        self._state.route = Route(tuple(names))
+        self._state.route = Route(tuple(names), None if lengths is None else tuple(lengths), dict(generators or {}))
         try:
             with self._own.off():
                 yield

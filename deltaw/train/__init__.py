@@ -16,16 +16,23 @@ if TYPE_CHECKING:
     from deltaw.train.decoding import generate, score_choices
     from deltaw.train.evaluation import EvalResult, evaluate
     from deltaw.train.interrupt import TrainInterrupted
+    from deltaw.train.job import Job, JobResult
     from deltaw.train.loop import fit
+    from deltaw.train.many import TrainMany, train_many
+    from deltaw.train.many_config import ManyConfig
+    from deltaw.train.many_result import ManyResult
+    from deltaw.train.research import AdamParams, Workbench
     from deltaw.train.result import TrainResult
     from deltaw.train.run import train
 
 __all__ = [
-    "EvalResult", "TrainConfig", "TrainInterrupted", "TrainResult", "evaluate", "fit", "generate", "score_choices",
-    "train",
+    "AdamParams", "EvalResult", "Job", "JobResult", "ManyConfig", "ManyResult", "TrainConfig", "TrainInterrupted",
+    "TrainMany", "TrainResult", "Workbench", "evaluate", "fit", "generate", "score_choices", "train", "train_many",
 ]
 
 _HOME = {
+    "AdamParams": "research", "Job": "job", "JobResult": "job", "ManyConfig": "many_config",
+    "ManyResult": "many_result", "TrainMany": "many", "Workbench": "research", "train_many": "many",
     "EvalResult": "evaluation", "TrainConfig": "config", "TrainInterrupted": "interrupt", "TrainResult": "result",
     "evaluate": "evaluation", "fit": "loop", "generate": "decoding", "score_choices": "decoding", "train": "run",
 }

@@ -37,6 +37,8 @@ class Checkpoints:
     def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int = 2) -> None:
         """`config` is written into each and compared on resumption."""
         self.folder, self.config, self.keep = folder, dict(config), keep
+        self.pinned: Path | None = None
+        """One that is kept however old it gets, since something outside names it."""
 
     def save(self, state: State, tuning: Tuning, optimizer: torch.optim.Optimizer, batches: Batches) -> Path:
         """Write the whole state and return its folder; an error leaves the checkpoints as they were."""
@@ -54,7 +56,8 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}"
         replace_folder(target, {_TENSORS: content, _FACTS: json.dumps(facts).encode()})
         for old in self._all()[:-self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != self.pinned:
+                shutil.rmtree(old, ignore_errors=True)
         return target
 
     def latest(self) -> Path | None:

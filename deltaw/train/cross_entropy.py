@@ -38,6 +38,12 @@ class Terms:
     z_loss: float = 0.0
     """ζ: the weight of the squared log-partition, which keeps logits from drifting."""
 
+    def each(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """The loss (N,) of each token from its logits in plain operations, in float32 or wider."""
+        z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
+        losses_N = F.cross_entropy(z_NV, targets_N, reduction="none", label_smoothing=self.smoothing)
+        return losses_N + self.z_loss * z_NV.logsumexp(1).square() if self.z_loss else losses_N
+
     def loss(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
         """The summed loss of logits in plain operations, in float32 or wider."""
         z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
@@ -95,6 +101,32 @@ def token_loss(h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms
     return _Sums(h_NI, targets_N, layer, terms).total
 
 
+def token_losses(h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms | None = None) -> Tensor:
+    """The loss of each of N tokens, (N,), through a plain output layer (`OutputLayer.is_plain`)."""
+    assert layer.is_plain, "the gradient of each token by itself is written out for a frozen linear head only"
+    losses: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
+        h_NI, targets_N, layer, terms if terms is not None else Terms())
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Losses whose gradients, one row of h for each, are ready before they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms) -> Tensor:
+        sums = _Sums(h_NI, targets_N, layer, terms, gradients=ctx.needs_input_grad[0], apart=True)
+        ctx.dh_NI = sums.dh_NI
+        return torch.cat(sums.losses) if sums.losses else h_NI.new_zeros(0, dtype=sums.wide)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second matrix of h's size would be the largest of the whole pass.
+        dh_NI = ctx.dh_NI.mul_(gradient_N.unsqueeze(1).to(ctx.dh_NI.dtype))
+        del ctx.dh_NI
+        return dh_NI, None, None, None
+
+
 class _TokenLoss(torch.autograd.Function):
     """The loss, whose gradients are ready before they are asked for."""
 
@@ -117,7 +149,8 @@ class _Sums:
     """The pass over all stretches."""
 
     def __init__(self, h_NI: Tensor, targets_N: Tensor, layer: OutputLayer, terms: Terms,
-                 trained: Sequence[Tensor] = (), *, gradients: bool = False) -> None:
+                 trained: Sequence[Tensor] = (), *, gradients: bool = False, apart: bool = False) -> None:
+        self.losses: list[Tensor] | None = [] if apart else None
         self.wide = torch.promote_types(h_NI.dtype, torch.float32)
         self.layer, self.terms, self.trained, self.gradients = layer, terms, trained, gradients
         self.dh_NI = torch.empty_like(h_NI) if gradients else None
@@ -161,6 +194,8 @@ class _Sums:
                     dz_NV -= eps / len(W_VI)
                 dz_NV.scatter_add_(1, column_N1, torch.full_like(loss_N1, eps - 1))
                 torch.mm(dz_NV if dz_NV.dtype == h_NI.dtype else z_NV.copy_(dz_NV), W_VI, out=self.dh_NI[stretch])
+            if self.losses is not None:
+                self.losses.append(loss_N1.squeeze(1))
             return loss_N1.sum(dtype=torch.float64)
 
     def any(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:

@@ -40,6 +40,29 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, ma
     return answers
 
 
+def sample(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, num_samples: int,
+           temperature: float, seed: int) -> list[list[list[int]]]:
+    """`num_samples` continuations of each prompt, drawn at this temperature (0 is greedy), up to and with a stop token.
+
+    The caller's random generators are as before afterwards.
+    """
+    ends = sorted(stop_tokens(model, tokenizer, ()))
+    longest = max(map(len, prompts))
+    rows = [prompt for prompt in prompts for _ in range(num_samples)]
+    room = min(max_new_tokens, _positions(model) - longest)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            written = _continue(model, tokenizer, rows, longest, room, ends, Beams(), temperature=temperature)
+    finally:
+        model.train(was_training)
+    cut = [tokens[:next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))]
+           for tokens in written]
+    return [cut[i:i + num_samples] for i in range(0, len(cut), num_samples)]
+
+
 def score_choices(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
                   choices: Sequence[Sequence[int]], *, batch_size: int = 8) -> Tensor:
     """Σ log p(token | prompt, tokens before it) over each choice's tokens after each prompt; (prompts, choices)."""
@@ -79,7 +102,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, room: int,
-              ends: Sequence[int], beams: Beams) -> list[list[int]]:
+              ends: Sequence[int], beams: Beams, *, temperature: float = 0.0) -> list[list[int]]:
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -87,11 +110,13 @@ def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], long
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = device_of(model)
     # Named one by one: what is left out would be taken from the base's own generation_config.json.
-    search = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=pad,
-                              temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, use_cache=True,
-                              num_beams=beams.num_beams, length_penalty=beams.length_penalty)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else \
+        {"do_sample": False, "temperature": 1.0, "top_k": 50}
+    how = GenerationConfig(max_new_tokens=room, eos_token_id=list(ends) or None, pad_token_id=pad, top_p=1.0,
+                           repetition_penalty=1.0, use_cache=True, num_beams=beams.num_beams,
+                           length_penalty=beams.length_penalty, **drawn)
     with torch.no_grad(), quiet_transformers():
-        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=search,
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how,
                                 logits_processor=no_repeats(beams.no_repeat_ngram_size, longest))
     written: list[list[int]] = output[:, longest:].tolist()
     return written

@@ -12,14 +12,14 @@ stops the run and names the tensors, the likely cause and the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deltaw.errors import DoctorError, Fault, NonFiniteError
 from deltaw.train.checksum import checksum, checksums
-from deltaw.train.tuning import Tuning, frozen_tensors
+from deltaw.train.tuning import Tuning, base_parameters, frozen_tensors
 
 _NO_GRADIENT = (
     "The path from the loss to them is cut or they are not used: look for detach() or no_grad() in the model, "
@@ -42,6 +42,8 @@ class Doctor:
     def __init__(self, tuning: Tuning, *, window: int = 3, allow_unused: bool = False) -> None:
         self.tuning, self.window, self.allow_unused = tuning, window, allow_unused
         self.checks: list[Check] = []
+        self.base: Mapping[str, int] | None = None
+        """Checksums of the base by name; taken at the start, unless somebody who watches the same base has them."""
         self._parameters = dict(tuning.parameters())
         self._waiting = set(self._parameters)  # tensors without a gradient so far
         self._effective = 0  # steps with a learning rate above zero
@@ -60,14 +62,14 @@ class Doctor:
         if frozen:
             faults.append(Fault("the tuning", f"does not train {_listed(frozen)}",
                                 "requires_grad on all of its tensors", "Attach with trainable=True"))
-        trained = {id(p) for p in parameters.values()}
-        others = [n for n, p in self.tuning.model.named_parameters() if p.requires_grad and id(p) not in trained]
+        others = [name for name, p in base_parameters(self.tuning) if p.requires_grad]
         if others:
             faults.append(Fault("the base", f"is trainable at {_listed(others)}", "only the tuning's tensors trainable",
                                 "Freeze them with requires_grad_(False), or name their module in modules_to_save"))
         if faults:
             raise DoctorError(*faults)
-        self._base = checksums(frozen_tensors(self.tuning))
+        if self.base is None:
+            self.base = checksums(frozen_tensors(self.tuning))
         self._began = {name: checksum(p) for name, p in parameters.items()}
         self._zero = {name for name, p in parameters.items() if not torch.count_nonzero(p.detach())}
         sites = {name.rpartition(".")[0] for name in parameters}
@@ -121,13 +123,13 @@ class Doctor:
 
     def finish(self) -> None:
         """Every tensor must have moved, and the base must have kept its bits."""
-        now = checksums(frozen_tensors(self.tuning))
-        changed = [name for name, bits in now.items() if self._base.get(name) != bits]
+        now, before = checksums(frozen_tensors(self.tuning)), self.base or {}
+        changed = [name for name, bits in now.items() if before.get(name) != bits]
         if changed:
             raise DoctorError(Fault("the base", f"changed at {_listed(changed)}", "the bits it had before training",
                                     "Something other than the tuning wrote to it: an optimizer with all of the model's "
                                     "parameters, or a norm that updates its statistics (put it in eval mode)"))
-        self.checks.append(Check("base", f"all {len(self._base)} tensors have the bits they had before"))
+        self.checks.append(Check("base", f"all {len(now)} tensors have the bits they had before"))
         if self._effective >= 2:  # after a single step a LoRA's A has rightly no gradient yet
             if not self.allow_unused:
                 self._fail_on_missing_gradients("in the whole run")

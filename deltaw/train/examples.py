@@ -62,6 +62,10 @@ class Examples:
         """The seeded stream of micro-batches, on the model's device, padded or end to end; each made ahead."""
         return Prefetched(ExampleBatches(self.stream(), Layout(base, packed=packed)))
 
+    def first_batch(self, base: bases.Base) -> Batch:
+        """The first micro-batch end to end, to try something on."""
+        return next(ExampleBatches(self.stream(), Layout(base, packed=True)))
+
     def stream(self) -> BatchStream[Example | LabelledExample]:
         """The seeded stream of the examples of each micro-batch."""
         config = self.config
@@ -133,20 +137,34 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
     A classifier's head has as many outputs as the data has labels, and the data is tokenised with the base's tokenizer:
     so there the base is opened without weights first.
     """
-    device = config.chosen_device()
-    classifies = config.task == "seq-cls"
+    if config.task != "seq-cls":
+        base = _load_base(config, config.chosen_device())
+        return base, examples_for(config, base)
+    examples = examples_for(config, open_base(config))
+    return load_base(config, examples), examples
+
+
+def open_base(config: TrainConfig) -> bases.Base:
+    """The base without its weights: enough to tokenise, and to find where changes go."""
+    return _load_base(config, "meta")
+
+
+def load_base(config: TrainConfig, examples: Examples) -> bases.Base:
+    """The base with its weights, and a classifier's head for the labels of the data."""
+    return _load_base(config, config.chosen_device(), examples.train.label_names if config.task == "seq-cls" else None)
+
+
+def _load_base(config: TrainConfig, device: str, labels: Sequence[str] | None = None) -> bases.Base:
     # Steps of a usual size are lost when they are added to weights in bfloat16.
     dtype = "fp32" if config.dtype == "auto" and config.method in _TRAIN_THE_BASE else config.dtype
     quantize = None if config.quantize == "none" else config.quantize
+    return bases.load_base(config.model, task=config.task, dtype=dtype, labels=labels, device=device,
+                           quantize=quantize, double_quant=config.double_quant)
 
-    def load(device: str, labels: Sequence[str] | None = None) -> bases.Base:
-        return bases.load_base(config.model, task=config.task, dtype=dtype, labels=labels, device=device,
-                               quantize=quantize, double_quant=config.double_quant)
 
-    base = load("meta" if classifies else device)
+def examples_for(config: TrainConfig, base: bases.Base) -> Examples:
+    """The data that the config names, tokenised for this base."""
     train = _load(config, config.data, base, "train")
-    if classifies:
-        base = load(device, train.label_names)
     rows: NDArray[np.int64] = np.arange(len(train))
     named = isinstance(config.valid, str)
     if named or (config.valid is None and "valid" in available_splits(config.data)):
@@ -160,7 +178,7 @@ def load_examples(config: TrainConfig) -> tuple[bases.Base, Examples]:
         valid = train
     chosen = [int(row) for row in held[:config.eval_rows]]
     digest = _digest(config.data, train)
-    return base, Examples(config=config, train=train, train_rows=rows, valid=valid, valid_rows=chosen, digest=digest)
+    return Examples(config=config, train=train, train_rows=rows, valid=valid, valid_rows=chosen, digest=digest)
 
 
 def _load(config: TrainConfig, source: str, base: bases.Base, split: str,

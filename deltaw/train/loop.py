@@ -1,17 +1,20 @@
-"""The training loop. Every run of deltaw goes through `fit`; it reads from top to bottom.
+"""The training loop. Every run of deltaw is a `Run`; `Run.go` reads from top to bottom.
 
     for each step:
         sum the loss over the step's supervised units, divide by their number, differentiate
         clip, update, watch
 
-It knows no adapter, no file and no command line: a `Tuning` says what is trained, an `Objective` what is minimised.
+Many runs over one base take the same steps, with their gradients from one pass (`deltaw.train.many`). The loop knows no
+adapter, no file and no command line: a `Tuning` says what is trained, an `Objective` what is minimised.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +27,98 @@ from deltaw.train.state import Batch, Batches, Pace, State, Watch
 from deltaw.train.tuning import Tuning
 
 
+@dataclass(kw_only=True)
+class Run:
+    """What one run consists of, and its steps: `draw`, the losses' gradients, `settle`."""
+
+    tuning: Tuning
+    objective: Objective
+    batches: Batches
+    optimizer: torch.optim.Optimizer
+    pace: Pace
+    state: State
+    doctor: Doctor
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    """The held-out figures; called with the model in evaluation mode."""
+    watch: Watch | None = None
+    checkpoints: Checkpoints | None = None
+
+    def start(self) -> None:
+        """Look at what is trainable, and clear old gradients."""
+        self.doctor.start()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are done, or patience is out."""
+        return self.state.step >= self.pace.steps or out_of_patience(self.state, self.pace)
+
+    def draw(self) -> Draw:
+        """The micro-batches of the next step."""
+        batches = [next(self.batches) for _ in range(self.pace.accumulate)]
+        units = sum(self.objective.units(batch.inputs) for batch in batches)
+        self.doctor.check_units(self.state.step + 1, units, [batch.where for batch in batches])
+        return Draw(batches, units)
+
+    def settle(self, drawn: Draw, losses: Sequence[float], seconds: Callable[[], float]) -> None:
+        """Take the step whose gradients are there: check, clip, update, count, watch, evaluate."""
+        parameters, pace, state = list(self.tuning.parameters().values()), self.pace, self.state
+        self.doctor.check_loss(state.step + 1, losses, [batch.where for batch in drawn.batches])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        rate = pace.rate(state.step)
+        self.doctor.check_gradients(state.step + 1, rate, float(norm))
+
+        torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm or math.inf, norm)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        state.units += drawn.units
+        state.tokens += drawn.tokens
+        state.seconds += seconds()
+        self.doctor.check_movement(state.step, rate)
+        if self.watch is not None:
+            self.watch.step(state, loss=sum(losses), rate=rate, norm=float(norm))
+        if self.evaluate is not None and due(pace.eval_every, state.step):
+            judge(state, self.tuning, self.evaluate, pace, self.watch)
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, where they are kept."""
+        return None if self.checkpoints is None else self.checkpoints.save(self.state, self.tuning, self.optimizer,
+                                                                           self.batches)
+
+    def go(self) -> State:
+        """All steps, one after the other; see `fit`."""
+        self.start()
+        self.tuning.model.train()
+        with Interrupt() as interrupt:
+            while not self.is_done:
+                began = time.perf_counter()
+                drawn = self.draw()
+                losses = [backward(self.tuning, self.objective, batch, drawn.units) for batch in drawn.batches]
+                self.settle(drawn, losses, lambda began=began: time.perf_counter() - began)  # type: ignore[misc]
+                saved = self.save() if interrupt.requested or due(self.pace.save_every, self.state.step) else None
+                if interrupt.requested:
+                    raise TrainInterrupted(self.state.step, saved)
+        self.doctor.finish()
+        self.tuning.model.eval()
+        return self.state
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The micro-batches of one step, and their supervised units."""
+
+    batches: Sequence[Batch]
+    units: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, without padding."""
+        return sum(batch.tokens for batch in self.batches)
+
+
 def fit(tuning: Tuning, objective: Objective, batches: Batches, optimizer: torch.optim.Optimizer, pace: Pace, *,
         evaluate: Callable[[], Mapping[str, float]] | None = None, doctor: Doctor | None = None,
         watch: Watch | None = None, checkpoints: Checkpoints | None = None, state: State | None = None) -> State:
@@ -34,47 +129,9 @@ def fit(tuning: Tuning, objective: Objective, batches: Batches, optimizer: torch
 
     Raises DoctorError or NonFiniteError when a check fails, TrainInterrupted after SIGINT.
     """
-    model, parameters = tuning.model, list(tuning.parameters().values())
-    state = state if state is not None else State()
-    doctor = doctor if doctor is not None else Doctor(tuning)
-    doctor.start()
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    with Interrupt() as interrupt:
-        while state.step < pace.steps and not out_of_patience(state, pace):
-            began = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(pace.accumulate)]
-            units = sum(objective.units(batch.inputs) for batch in micro_batches)
-            doctor.check_units(state.step + 1, units, [batch.where for batch in micro_batches])
-
-            losses = [backward(tuning, objective, batch, units) for batch in micro_batches]
-            doctor.check_loss(state.step + 1, losses, [batch.where for batch in micro_batches])
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            rate = pace.rate(state.step)
-            doctor.check_gradients(state.step + 1, rate, float(norm))
-
-            torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm or math.inf, norm)
-            set_rate(optimizer, rate)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            state.step += 1
-            state.units += units
-            state.tokens += sum(batch.tokens for batch in micro_batches)
-            state.seconds += time.perf_counter() - began
-            doctor.check_movement(state.step, rate)
-            if watch is not None:
-                watch.step(state, loss=sum(losses), rate=rate, norm=float(norm))
-            if evaluate is not None and due(pace.eval_every, state.step):
-                judge(state, tuning, evaluate, pace, watch)
-            saved = None
-            if checkpoints is not None and (interrupt.requested or due(pace.save_every, state.step)):
-                saved = checkpoints.save(state, tuning, optimizer, batches)
-            if interrupt.requested:
-                raise TrainInterrupted(state.step, saved)
-    doctor.finish()
-    model.eval()
-    return state
+    return Run(tuning=tuning, objective=objective, batches=batches, optimizer=optimizer, pace=pace,
+               state=state if state is not None else State(), doctor=doctor if doctor is not None else Doctor(tuning),
+               evaluate=evaluate, watch=watch, checkpoints=checkpoints).go()
 
 
 def backward(tuning: Tuning, objective: Objective, batch: Batch, units: int) -> float:

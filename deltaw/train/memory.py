@@ -58,6 +58,26 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
+def saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a forward keeps for its backward pass: each storage once, the model's own parameters apart.
+
+    The result of `forward` is thrown away. Storages are told apart by address, so it has to be alive until the end.
+    """
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter) and not (tensor._is_view() and isinstance(tensor._base, nn.Parameter)):
+            alive.append(tensor)
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = forward()
+    del loss
+    return sum(kept.values())
+
+
 def release_at_once() -> bool:
     """Let the process give back the memory of each large tensor when it is freed; whether that could be arranged.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deltaw.baselines.layout import prompt_ends
 from deltaw.errors import BaseModelError, Fault
-from deltaw.train.cross_entropy import OutputLayer, Terms, as_is, token_loss
+from deltaw.train.cross_entropy import OutputLayer, Terms, as_is, token_loss, token_losses
 
 IGNORED = -100
 """The label of a position that is not learned from."""
@@ -111,6 +111,48 @@ class CausalLoss:
             if known is None:
                 _set_random_state(drawn)  # the forward is done again, with the same dropout
         return None if known is None else token_loss(seen[0], targets_N, known, self.terms)
+
+    def by_token(self, model: nn.Module, batch: Inputs,
+                 parts: Sequence[tuple[int, Terms]] | None = None) -> tuple[Tensor, Tensor]:
+        """The loss (N,) of each supervised token, and its place in the flattened batch.
+
+        `parts` gives stretches of the flattened batch terms of their own: the place where each ends, and its terms.
+        """
+        if model not in self._layers and not self.every_position:
+            was_training = model.training
+            model.eval()  # so that nothing is drawn, from whatever generator
+            try:
+                with torch.no_grad():
+                    self._stretched(model, batch)  # finds out what the model does to its logits
+            finally:
+                model.train(was_training)
+        inputs, where, targets_N = _positions(batch)
+        parts = parts if parts is not None else [(batch["labels"].numel(), self.terms)]
+        edges = [0, *torch.searchsorted(where, torch.tensor([stop for stop, _ in parts], device=where.device)).tolist()]
+        layer = self._layers.get(model)
+        if layer is not None and layer.is_plain:
+            seen: list[Tensor] = []
+
+            def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                seen.append(args[0].flatten(0, -2).index_select(0, where))
+                return (seen[-1][None, :0].detach(), *args[1:])
+
+            _logits(model, inputs, layer.head, take)
+            values_N = seen[0]
+
+            def losses(part: slice, terms: Terms) -> Tensor:
+                return token_losses(values_N[part], targets_N[part], layer, terms)
+        else:
+            values_N = self.supervised_logits(model, batch)[0]
+
+            def losses(part: slice, terms: Terms) -> Tensor:
+                return terms.each(values_N[part], targets_N[part])
+        runs: list[tuple[slice, Terms]] = []
+        for start, stop, (_, terms) in zip(edges, edges[1:], parts, strict=False):
+            if runs and runs[-1][1] == terms:  # neighbours with the same terms share the products of the head
+                start = runs.pop()[0].start
+            runs.append((slice(start, stop), terms))
+        return torch.cat([losses(part, terms) for part, terms in runs]), where
 
     def supervised_logits(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (N, V) at the N supervised positions in row-major order, and the tokens (N,) that follow there."""

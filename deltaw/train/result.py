@@ -85,6 +85,14 @@ class TrainResult:
         """Training speed."""
         return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainResult:
+        """The result that `to_dict` gave."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        sites = tuple(SiteRow(**{**row, "shape": tuple(row["shape"])}) for row in known.pop("sites", ()))
+        answers = tuple(Answer(**row) for row in known.pop("answers", ()))
+        return cls(**known | {"curve": tuple(known.get("curve", ())), "sites": sites, "answers": answers})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self) | {"tokens_per_second": self.tokens_per_second}

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,7 +36,7 @@ from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
 from deltaw.train.foresight import check_weights, look_ahead
-from deltaw.train.loop import fit
+from deltaw.train.loop import Run
 from deltaw.train.memory import peak_memory
 from deltaw.train.objective import objective_for
 from deltaw.train.optimizer import adamw, schedule, warmup_of
@@ -49,7 +48,8 @@ from deltaw.train.state import Batches, Pace, State
 from deltaw.train.summary import print_summary
 from deltaw.train.tuning import Attached, LoraTuning
 
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+"""PEFT's name of each task."""
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "train_config.json", "metrics.jsonl", "train_result.json"
 CHOICES_FILE = "train_choices.json"
 CHECKPOINTS = "checkpoints"
@@ -71,7 +71,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             announce(base, examples)
         for line in look_ahead(config, base, examples):
             say(line, quiet)
-        session = Session(config, out, base, examples, quiet=quiet)
+        count = parameters_in(base)
+        session = Session(config, out, base, examples, put_on(config, base), base_parameters=count, quiet=quiet)
         with session.prepared():
             state = session.train()
         result = session.finish(state, began)
@@ -83,10 +84,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
 class Session:
     """One run in the making: what is needed before, during and after the loop."""
 
-    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, *, quiet: bool) -> None:
+    def __init__(self, config: TrainConfig, out: Path, base: bases.Base, examples: Examples, tuning: Attached, *,
+                 base_parameters: int, quiet: bool) -> None:
         self.config, self.out, self.base, self.examples, self.quiet = config, out, base, examples, quiet
-        self.base_parameters = sum(numbers_in(p) for p in base.model.parameters())
-        self.tuning = put_on(config, base)
+        self.tuning, self.base_parameters = tuning, base_parameters
         self.objective = objective_for(config.task, Terms(config.label_smoothing, config.z_loss))
         self.choices = Choices()
         self.doctor = Doctor(self.tuning, window=config.doctor_steps, allow_unused=config.allow_unused)
@@ -112,14 +113,19 @@ class Session:
 
     def train(self) -> State:
         """Run the loop, from the start or from the last checkpoint."""
-        with self.examples.batches(self.base, packed=self.choices.packed) as batches:
-            return self.train_on(batches)
+        with ExitStack() as stack:
+            batches = stack.enter_context(self.examples.batches(self.base, packed=self.choices.packed))
+            run = self.begin(self.checkpoints.latest() if self.config.resume else None, batches)
+            self.tuning.forget_base()
+            if not self.quiet:
+                bar = stack.enter_context(ProgressBar(self.pace.steps, begun=run.state.step))
+                run.watch = Together([self.log, bar])
+            return run.go()
 
-    def train_on(self, batches: Batches) -> State:
-        """The loop over these batches."""
+    def begin(self, found: Path | None, batches: Batches) -> Run:
+        """Everything up to the first step, of a new run or of one that goes on from a checkpoint."""
         config = self.config
         state = State()
-        found = self.checkpoints.latest() if config.resume else None
         if found is not None:
             check_same_run(config, self.identity, found)
             state = self.checkpoints.restore(found, self.tuning, self.optimizer, batches)
@@ -129,18 +135,13 @@ class Session:
         replace_folder(self.out, {CONFIG_FILE: json.dumps(config.to_dict(), indent=1).encode(),
                                   CHOICES_FILE: json.dumps(self.choices.to_dict(), indent=1).encode()})
         (self.out / RESULT_FILE).unlink(missing_ok=True)
-        log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
+        self.log = MetricsLog(self.out / METRICS_FILE, after=state.step if found is not None else None)
         with self.tuning.off():
-            self.before = self.figures_before(log, resumed=found is not None)
-            self.answers_before = self.answer()
-        self.tuning.forget_base()
-        with ExitStack() as stack:
-            watches: list[Any] = [log]
-            if not self.quiet:
-                watches.append(stack.enter_context(ProgressBar(self.pace.steps, begun=state.step)))
-            return fit(self.tuning, self.objective, batches, self.optimizer, self.pace, state=state,
-                       evaluate=lambda: self.evaluate().figures, doctor=self.doctor, watch=Together(watches),
-                       checkpoints=self.checkpoints)
+            self.before = self.figures_before(self.log, resumed=found is not None)
+            self.answers_before = self.answers_of_base()
+        return Run(tuning=self.tuning, objective=self.objective, batches=batches, optimizer=self.optimizer,
+                   pace=self.pace, state=state, evaluate=lambda: self.evaluate().figures, doctor=self.doctor,
+                   watch=self.log, checkpoints=self.checkpoints)
 
     def figures_before(self, log: MetricsLog, *, resumed: bool) -> Mapping[str, float]:
         """The base's figures: measured, or those that the run wrote down when it began."""
@@ -148,10 +149,14 @@ class Session:
         for row in rows:
             if row["event"] == "eval" and row["step"] == 0:
                 return {name: value for name, value in row.items() if name not in ("event", "step")}
-        say("evaluating the base", self.quiet)
-        figures = self.evaluate().figures
+        figures = self.figures_of_base()
         log.evaluated(State(), figures)
         return figures
+
+    def figures_of_base(self) -> Mapping[str, float]:
+        """The base's figures, measured with nothing on."""
+        say("evaluating the base", self.quiet)
+        return self.evaluate().figures
 
     def finish(self, state: State, began: float) -> TrainResult:
         """Keep the best tensors, evaluate and save the adapter, and write down what the run was."""
@@ -187,6 +192,10 @@ class Session:
             return evaluate(self.base.model, self.base.tokenizer, self.examples.valid, rows=self.examples.valid_rows,
                             metrics=config.metrics, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
 
+    def answers_of_base(self) -> list[str]:
+        """What the base answers to the samples, with nothing on."""
+        return self.answer()
+
     def answer(self) -> list[str]:
         """What the model as it is now answers to the samples."""
         with self.layers_as_they_are():
@@ -207,10 +216,15 @@ class Session:
         return self.examples.valid.question(row)
 
 
+def parameters_in(base: bases.Base) -> int:
+    """How many numbers the base has, as long as nothing is attached to it."""
+    return sum(numbers_in(p) for p in base.model.parameters())
+
+
 def put_on(config: TrainConfig, base: bases.Base) -> Attached:
     """What the config trains, on the base's model; `TargetError` where it lacks what the method needs."""
     if config.method == "lora":
-        lora = replace(config.lora, task_type=config.lora.task_type or _TASK_TYPES[config.task])
+        lora = replace(config.lora, task_type=config.lora.task_type or TASK_TYPES[config.task])
         board = attach(base.model, lora, name=config.name, seed=config.seed,
                        original=base.folder if lora.starts_from_weights else None)
         return LoraTuning(board, config.name, freeze_a=config.freeze_a)

@@ -143,12 +143,20 @@ class PartTuning:
         save_file({name: p.detach().contiguous() for name, p in self._parameters.items()}, path / "model.safetensors")
 
 
-def frozen_tensors(tuning: Tuning) -> Iterator[tuple[str, Tensor]]:
-    """The base: every parameter and every stored buffer that the tuning does not train."""
-    trained = {id(parameter) for parameter in tuning.parameters().values()}
+def base_parameters(tuning: Tuning) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter that is neither the tuning's nor another adapter's, which has a run of its own."""
+    apart = {id(parameter) for parameter in tuning.parameters().values()}
+    if isinstance(tuning, LoraTuning):
+        board = tuning.board
+        apart |= {id(p) for name in board.names if name != tuning.name for p in board.parameters(name).values()}
     for name, parameter in tuning.model.named_parameters():
-        if id(parameter) not in trained:
+        if id(parameter) not in apart:
             yield name, parameter
+
+
+def frozen_tensors(tuning: Tuning) -> Iterator[tuple[str, Tensor]]:
+    """The base: every stored buffer, and every parameter that no adapter brings."""
+    yield from base_parameters(tuning)
     for prefix, module in tuning.model.named_modules():
         # A buffer that is not stored (a table of rotary angles, say) is working memory and may change.
         for name, buffer in module.named_buffers(recurse=False):

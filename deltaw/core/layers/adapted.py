@@ -27,6 +27,8 @@ class Adapted(nn.Module):
     """A host with slots by parameter and adapter. This class handles biases; subclasses add low-rank changes."""
 
     child_name = CHILD
+    token_by_token = False
+    """Whether what this kind of layer adds to a token depends on that token alone."""
 
     def __init__(self, host: nn.Module, site: str, state: SwitchState, *, rows: Rows = "first") -> None:
         super().__init__()
@@ -121,11 +123,29 @@ class Adapted(nn.Module):
 
     def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         """y plus each row's own adapter's change: one pass for each adapter over its rows."""
+        if route.lengths is not None:
+            return self.add_by_segment(y, x, route)
         for name, rows in self.rows(x, route).items():
             if name is not None and (name in self.slots or name in self.biases):
                 part = self.add(y.index_select(0, rows), x.index_select(0, rows), name, 1.0)
                 y = y.index_copy(0, rows, part)
         return y
+
+    def add_by_segment(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
+        """y (1, T, ...) plus the change of each segment of the T tokens; for layers that see one token at a time."""
+        self.check_tokens(y)
+        parts = []
+        for name, start, stop in route.segments(y.shape, self.site):
+            part = y[:, start:stop]
+            parts.append(part if name is None else self.add(part, x[:, start:stop], name, 1.0))
+        return torch.cat(parts, 1)
+
+    def check_tokens(self, y: Tensor) -> None:
+        """Refuse to tell tokens apart where a layer looks at several, or has them in another place than the second."""
+        if not self.token_by_token or self.rows_are != "first" or y.dim() != 3 or y.shape[0] != 1:
+            raise RoutingError(Fault(f"routing at site '{self.site}'", f"an output of shape {tuple(y.shape)}",
+                                     "one packed row of a layer that treats each token by itself",
+                                     "Give each adapter its own rows, or its own batch"))
 
     def rows(self, x: Tensor, route: Route) -> dict[str | None, Tensor]:
         """Rows of x by adapter, refusing inputs whose rows cannot be told apart."""

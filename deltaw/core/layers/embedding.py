@@ -13,9 +13,11 @@ from deltaw.core.state import Route
 class AdaptedEmbedding(Adapted):
     """y = W₀[ids] + s·(Aᵀ[ids]) Bᵀ, times the host's own scale of embeddings where it has one (Gemma)."""
 
+    token_by_token = True
+
     def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         """Each row's own change; ids that all rows share, such as positions of shape (1, T), get an output for each."""
-        if x.dim() > 1 and x.shape[0] == 1:
+        if x.dim() > 1 and x.shape[0] == 1 and route.lengths is None:
             y, x = (t.expand(len(route.names), *t.shape[1:]) for t in (y, x))
         return super().add_by_row(y, x, route)
 

@@ -1,9 +1,10 @@
 """Linear layers: `nn.Linear`, its quantized kin, and transformers' `Conv1D`.
 
 One adapter costs two small products. Under training a plain frozen layer runs with them as one fused node, together
-with the layers that share its input. A quantized layer does so too: it is unpacked once, however many adapters are on.
-A batch whose rows use different adapters costs two batched products, over factors stacked by row, padded to the largest
-rank; while nothing is differentiated the stack is kept until it goes stale.
+with the layers that share its input; so does a batch whose tokens use different adapters (`core.batched`). A quantized
+layer does so too: it is unpacked once, however many adapters are on. In inference a batch whose rows use different
+adapters costs two batched products, over factors stacked by row, padded to the largest rank; the stack is kept until it
+goes stale.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
 from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
 from deltaw.core.layers.shared_input import Narrow, calls, watched_by
@@ -31,6 +33,8 @@ MAX_ROWS_PER_ADAPTER = 4
 
 class AdaptedLinear(Adapted):
     """h = W₀x + s·B(Ax) on (..., I) → (..., O)."""
+
+    token_by_token = True
 
     bank: tuple[object, Tensor, Tensor] | None = None
 
@@ -49,6 +53,8 @@ class AdaptedLinear(Adapted):
             return self.traced(*args, **kwargs)
         if calls.watcher is not None and args and isinstance(args[0], Tensor):
             calls.watcher(self, args[0])
+        if len(args) == 1 and not kwargs and self.is_grouped() and self.can_group(args[0]):
+            return self.grouped(args[0])
         if len(args) != 1 or kwargs or not self.can_fuse(args[0]):
             return super().forward(*args, **kwargs)
         x: Tensor = args[0]
@@ -125,8 +131,8 @@ class AdaptedLinear(Adapted):
 
         With `training` as if the host were in that mode.
         """
-        route, bias = self.state.route, self.host._parameters.get("bias")
-        if route is not None and not route.is_uniform:
+        bias = self.host._parameters.get("bias")
+        if self.is_grouped():
             return "rows of several adapters in a batch"
         if self.state.compute_dtype not in (None, x.dtype):
             return f"low-rank products in {_name(self.state.compute_dtype)} on a {_name(x.dtype)} input"
@@ -154,18 +160,84 @@ class AdaptedLinear(Adapted):
             return "weight and input are on two devices"
         return "a transform of torch.func" if _transformed() else ""
 
+    def is_grouped(self) -> bool:
+        """Whether rows or tokens of one batch use different adapters."""
+        return self.state.route is not None and not self.state.route.is_uniform
+
+    def can_group(self, x: Any) -> bool:
+        """Whether tokens with adapters of their own can be computed here in one node; rows in inference need not."""
+        route = self.state.route
+        assert route is not None
+        # Training with reentrant checkpointing has no gradients in its forward, and must do the same in its second.
+        if self.rows_are != "first" or (route.lengths is None and not torch.is_grad_enabled() and not self.training):
+            return False
+        return self.is_frozen_product(x) and not any(name in self.biases for name in route.unique)
+
+    def is_frozen_product(self, x: Any) -> bool:
+        """Whether the host only multiplies x with a frozen weight, plain or packed, and nothing looks inside."""
+        bias = self.host._parameters.get("bias")
+        if type(x) is not Tensor or not x.numel() or self.state.compute_dtype not in (None, x.dtype) \
+                or (bias is not None and bias.requires_grad):
+            return False
+        return self.stripped(x) is not None or not self._obstacle_of_host(x)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The output with every segment's own change, made together with those of the layers that share x."""
+        route = self.state.route
+        assert route is not None
+        segments = route.segments(x.shape, self.site)
+
+        def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
+            groups = [Group(start, stop, [layer.factors_of(name) for layer in layers], self.dropout_of(name),
+                            route.generators.get(name)) for name, start, stop in segments if name is not None]
+            return grouped_linear(x, [layer.frozen(x) for layer in layers], groups)
+
+        if any(self.dropout_of(name) for name in route.unique):
+            return compute([self])[0]
+        followers = [layer for layer in self.followers if layer.can_follow_grouped(x, route)]
+        return calls.take(self, x, route, followers, compute)
+
+    def can_follow_grouped(self, x: Tensor, route: Route) -> bool:
+        """`can_follow` for a batch of several adapters."""
+        return (self.is_unwatched() and self.can_group(x) and self.in_features == x.shape[-1]
+                and not any(self.dropout_of(name) for name in route.unique))
+
+    def dropout_of(self, name: str) -> float:
+        """The dropout of an adapter here, now."""
+        slot = self.slots.get(name)
+        return slot.dropout if slot is not None and self.training else 0.0
+
+    def factors_of(self, name: str) -> Factors | None:
+        """An adapter's change here, if it has one."""
+        slot = self.slots.get(name)
+        return None if slot is None else Factors(*slot.factors(), slot.scaling)
+
+    def frozen(self, x: Tensor) -> Frozen:
+        """The host's own product with x."""
+        W = self.stripped(x) or self.weight_OI()
+        return Frozen(W, self._bias(x.dtype), W.shape[0])
+
+    def weight_OI(self) -> Tensor:
+        """The host's weight, outputs first."""
+        W = self.host.get_parameter("weight")
+        return W.t() if next(iter(self.slots.values())).geometry.transposed else W
+
     def can_follow(self, x: Tensor, name: str) -> bool:
         """Whether this layer's output may be made before it is called: no hook of its host would notice."""
+        return (self.is_low_rank_only(name) and self.is_unwatched() and self.can_fuse(x)
+                and self.in_features == x.shape[-1])
+
+    def is_unwatched(self) -> bool:
+        """Whether the host's forward is this layer's, and no hook sees its input first."""
         host = self.host
-        return (self.is_low_rank_only(name) and host._modules.get(CHILD) is self
-                and host.__dict__.get("forward") == self.forward and not host._forward_pre_hooks
-                and self.can_fuse(x) and self.in_features == x.shape[-1])
+        return (host._modules.get(CHILD) is self and host.__dict__.get("forward") == self.forward
+                and not host._forward_pre_hooks)
 
     def projection(self, name: str, weight: float, x: Tensor) -> Projection:
         """The layer and one adapter's change as the fused product with x takes them."""
-        slot, W = self.slots[name], self.host.get_parameter("weight")
-        plain = W.t() if slot.geometry.transposed else W
-        return Projection(self.stripped(x) or plain, self._bias(x.dtype), *slot.factors(), slot.scaling * weight)
+        slot = self.slots[name]
+        return Projection(self.stripped(x) or self.weight_OI(), self._bias(x.dtype), *slot.factors(),
+                          slot.scaling * weight)
 
     @property
     def in_features(self) -> int:
@@ -195,6 +267,8 @@ class AdaptedLinear(Adapted):
 
     def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         """All rows at once through stacked factors, unless few adapters share many rows, or dropout is drawn."""
+        if route.lengths is not None and self.rows_are == "first" and not self.biases.keys() & set(route.unique):
+            return self.add_grouped(y, x, route)
         unique = [name for name in route.unique if name in self.slots]
         dropout = self.training and any(self.slots[name].dropout for name in unique)
         if dropout or any(name in self.biases for name in route.unique) \
@@ -207,6 +281,13 @@ class AdaptedLinear(Adapted):
         out = lora.add_low_rank_by_row(y.reshape(rows, -1, y.shape[-1]),
                                        x.to(dtype).reshape(rows, -1, x.shape[-1]), A_BRI, B_BRO)
         return out.view(y.shape)
+
+    def add_grouped(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
+        """y of a host that is no plain product, a quantized one say, plus every segment's own change."""
+        wide = x if self.state.compute_dtype is None else x.to(self.state.compute_dtype)
+        groups = [Group(start, stop, [self.factors_of(name)], self.dropout_of(name), route.generators.get(name))
+                  for name, start, stop in route.segments(x.shape, self.site) if name is not None]
+        return y + grouped_linear(wide, [Frozen(None, None, y.shape[-1])], groups)[0].to(y.dtype)
 
     def stacked(self, route: Route, unique: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (B, R, I) and s·Bᵀ (B, R, O) for the rows of a route, with zeros for rows that change nothing here."""
