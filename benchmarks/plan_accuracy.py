@@ -5,7 +5,7 @@
 Real runs: `deltaw.train` on a folder of random weights (or SmolLM2's own), with data, evaluation, checkpoints and
 samples. Memory is the most the process ever had resident (VmHWM), libraries and loading included; beside it stands the
 error of what the run adds to an idle process, which is the harder figure. The time of a step is the median of those
-after the first. Constants of the plan were set on the cases marked *; the others judge it. Times are worth something on
+after the first. Constants of the plan are set on the cases marked *; the others judge it. Times are worth something on
 a quiet machine only.
 """
 

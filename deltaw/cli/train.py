@@ -27,7 +27,7 @@ Lists are a,b; mappings are key=value,key=value; either may be JSON. `none` is n
   deltaw train --jobs jobs.yaml
 """
 METAVARS = {"model": "MODEL", "data": "DATA", "out": "FOLDER", "device": "NAME", "name": "NAME", "metrics": "NAME,...",
-            "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X", "valid": "FILE|X"}
+            "keep_best": "NAME", "dtype": "bf16|fp32|auto", "betas": "X,X", "valid": "FILE|X", "method": "NAME"}
 
 
 def parser() -> Parser:

@@ -53,7 +53,8 @@ class TrainConfig:
     cache_data: bool = True
     """Keep the tokens of larger data files in DELTAW_HOME, where the next run over the same data finds them."""
     method: Method = "lora"
-    """What is trained: lora, or another method to compare it with."""
+    """What is trained: lora, or to compare it with full, ft-top-k, head, bitfit, preembed, prelayer, adapter-h,
+    adapter-l, adapter-p, adapter-d, lora+pe, lora+pl or subspace."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The low-rank change to train."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

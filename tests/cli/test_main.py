@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import deltaw.cli.merge as merge_verb
+from deltaw.cli.main import VERBS
 from deltaw.errors import DataError, Fault
 
 Run = Callable[..., tuple[int, str, str]]
@@ -64,7 +65,7 @@ def test_warnings_are_as_before_afterwards(deltaw: Run) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["trian"], "deltaw: 'trian' is no verb; expected one of train, eval, generate, chat, merge. Did you mean train?"),
+    (["trian"], f"deltaw: 'trian' is no verb; expected one of {', '.join(VERBS)}. Did you mean train?"),
     (["train", "--lerning-rate", "1"], "deltaw train: --lerning-rate: unknown option. Did you mean --learning-rate?"),
     (["train", "--r=x"], "deltaw train: --r: got 'x'; expected a whole number"),
     (["train", "--epochs", "many"], "deltaw train: --epochs: got 'many'; expected a number"),
@@ -73,8 +74,8 @@ def test_warnings_are_as_before_afterwards(deltaw: Run) -> None:
     (["train", "--betas", "0.9"], "--betas: got '0.9'; expected 2 values with a comma between them"),
     (["train", "--columns", "prompt"], "--columns: got 'prompt'; expected key=value"),
     (["train", "--columns", "{x"], "expected JSON"),
-    (["train", "--init-lora-weights", "gausian"], "--init-lora-weights: got 'gausian'; expected true or false or "
-     "gaussian"),
+    (["train", "--model", "m", "--data", "d", "--out", "o", "--init-lora-weights", "gausian"],
+     "--init-lora-weights: got 'gausian'; expected True, False, \"gaussian\""),
     (["train", "--max-length", "long"], "--max-length: got 'long'; expected a whole number or none"),
     (["train", "stray"], "'stray': unexpected argument"),
     (["train", "--model"], "--model: expected one argument"),

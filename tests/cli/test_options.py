@@ -39,6 +39,7 @@ TRAIN: dict[str, tuple[str, Any]] = {
     "batch_tokens": ("4096", 4096), "packing": ("off", "off"), "compile": ("on", "on"),
     "optimizer": ("adamw8bit", "adamw8bit"), "loraplus_lr_ratio": ("16", 16.0), "freeze_a": ("", True),
     "label_smoothing": ("0.1", 0.1), "z_loss": ("1e-4", 1e-4), "gradient_checkpointing": ("attention", "attention"),
+    "quantize": ("fp4", "fp4"), "double_quant": ("no-", False), "plan": ("warn", "warn"),
     "threads": ("2", 2), "seed": ("7", 7), "eval_every": ("11", 11),
     "eval_rows": ("none", None), "metrics": ("accuracy,f1", ("accuracy", "f1")), "max_new_tokens": ("12", 12),
     "samples": ("0", 0), "keep_best": ("none", None), "early_stop": ("2", 2), "save_every": ("6", 6),
@@ -62,13 +63,15 @@ BASELINE: dict[str, tuple[str, Any]] = {
     "drop_layers": ("2", 2), "dimension": ("200", 200), "structure_aware": ("no-", False),
 }
 EVAL: dict[str, tuple[str, Any]] = {
-    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp16", "fp16"), "any_base": ("", True),
+    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp16", "fp16"),
+    "quantize": ("int8", "int8"), "double_quant": ("no-", False), "any_base": ("", True),
     "data": ("d", "d"), "adapter": ("a", "a"), "split": ("valid", "valid"), "columns": ("text=t", {"text": "t"}),
     "metrics": ("f1", ("f1",)), "max_length": ("9", 9), "train_on": ("all", "all"), "eval_rows": ("none", None),
     "batch_size": ("2", 2), "max_new_tokens": ("3", 3), "threads": ("1", 1), "labels": ("no,yes", ("no", "yes")),
 }
 GENERATE: dict[str, tuple[str, Any]] = {
-    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("bf16", "bf16"), "any_base": ("", True),
+    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("bf16", "bf16"),
+    "quantize": ("int8", "int8"), "double_quant": ("no-", False), "any_base": ("", True),
     "adapter": ("a", "a"), "system": ("Be brief.", "Be brief."), "template": ("none", "none"), "compare": ("", True),
 }
 SAMPLING: dict[str, tuple[str, Any]] = {
@@ -77,7 +80,8 @@ SAMPLING: dict[str, tuple[str, Any]] = {
     "no_repeat_ngram_size": ("3", 3),
 }
 ANALYSE: dict[str, tuple[str, Any]] = {
-    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp32", "fp32"), "any_base": ("", True),
+    "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp32", "fp32"),
+    "quantize": ("int8", "int8"), "double_quant": ("no-", False), "any_base": ("", True),
     "data": ("d.jsonl", "d.jsonl"), "eval_rows": ("7", 7), "max_length": ("64", 64),
     "sites": ("a.q,a.v", ("a.q", "a.v")), "top": ("5", 5), "epsilon": ("0.4", 0.4), "seed": ("3", 3),
     "out": ("page.html", "page.html"),

@@ -29,7 +29,7 @@ WRONG = {
     "group_by_length": 1,
     "grad_accumulation": True, "learning_rate": float("nan"), "schedule": "cosin", "warmup_ratio": 1.0,
     "warmup_steps": -1, "weight_decay": -0.1, "betas": (0.9, 1.0), "eps": 0, "max_grad_norm": -1, "device": "gpu0x",
-    "dtype": "fp16", "cache_data": "no",
+    "dtype": "fp16", "cache_data": "no", "quantize": "nf5", "double_quant": "no", "plan": "maybe",
     "batch_tokens": 0, "packing": True, "compile": "yes", "optimizer": "sgd", "loraplus_lr_ratio": 0, "freeze_a": "yes",
     "label_smoothing": 1.0, "z_loss": -1, "gradient_checkpointing": "yes",
     "threads": 0, "seed": -1, "eval_every": -1, "eval_rows": 0,
