@@ -154,13 +154,13 @@ class Switchboard:
               generators: Mapping[str, torch.Generator] | None = None) -> Iterator[None]:
         """One adapter (or None, the base) for each row of the batch, in training and inference.
 
-        Rows may be repeated in place (beams, flattened tokens). With `lengths` the batch is one packed row, and each name
-        is for so many of its tokens. `generators` are what an adapter's dropout is drawn from."""
+        Rows may be repeated in place. `lengths` counts each name's tokens in one packed row; dropout has `generators`.
+        """
         self._check_unmerged("route")
         if isinstance(names, str) or not names:
             raise StateError(Fault("route()", f"got {names!r}", "one name or None for each row of the batch"))
         if lengths is not None and (len(lengths) != len(names) or min(lengths) < 0):
-            raise StateError(Fault("route()", f"got lengths {list(lengths)}", f"{len(names)}, one for each name"))
+            raise StateError(Fault("route()", f"got lengths {list(lengths)}", f"{len(names)}, tokens for each name"))
         for name in {n for n in names if n is not None}:
             self._check_known(name)
         self._own.check_route(names)

@@ -148,7 +148,7 @@ def test_lengths_that_do_not_fit_are_refused(tiny_llama: object) -> None:
     board.add("b", deltaw.LoraConfig(r=3))
     with board.route(["a", "b"], lengths=[3, 4]), pytest.raises(RoutingError, match="8 tokens; expected 7"):
         model(input_ids=torch.arange(3, 11)[None])
-    with pytest.raises(StateError, match="a number of tokens for each of the 2 names"), \
+    with pytest.raises(StateError, match="expected 2, tokens for each name"), \
             board.route(["a", "b"], lengths=[3]):
         pass
 
