@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 
-from deltaw.core.packed import STRIP
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
@@ -89,7 +88,7 @@ def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int) ->
     if method != "qlora" or config.quantize == "none":
         return sizes.weights, 0.0
     packed = sizes.matrices * BITS[config.quantize] / 8
-    return sizes.weights - sizes.matrices * item + packed, min(sizes.largest, STRIP) * item
+    return sizes.weights - sizes.matrices * item + packed, sizes.largest * item
 
 
 def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool) -> float:

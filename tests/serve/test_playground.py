@@ -115,11 +115,11 @@ def test_a_blend_is_asked_for_with_its_weights(page: Any, expected: Callable[...
 
 
 def test_every_control_has_a_name_and_can_be_reached_by_key(page: Any) -> None:
+    page.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    assert page.switch_to.active_element.text == "Skip to the prompt"
     page.find_element(By.TAG_NAME, "summary").click()
     for field in page.find_elements(By.CSS_SELECTOR, "input, textarea, select, button"):
         assert field.accessible_name, field.get_attribute("outerHTML")
-    page.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
-    assert page.switch_to.active_element.text == "Skip to the prompt"
 
 
 def test_the_page_fits_narrow_screens_and_the_dark(page: Any) -> None:

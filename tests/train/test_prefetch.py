@@ -42,6 +42,7 @@ def number(batch: Batch) -> int:
 
 
 def test_one_batch_lies_ready_and_the_place_is_that_of_the_used_ones() -> None:
+    before = set(threading.enumerate())
     inner = Counting()
     with Prefetched(inner) as batches:
         assert batches.state_dict() == {"at": 0}
@@ -56,7 +57,7 @@ def test_one_batch_lies_ready_and_the_place_is_that_of_the_used_ones() -> None:
         batches.load_state_dict({"at": 7})
         assert batches.state_dict() == {"at": 7}
         assert number(next(batches)) == 8
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("deltaw-batches")]
+    assert set(threading.enumerate()) <= before
 
 
 def test_what_fails_is_raised_when_its_turn_comes() -> None:
