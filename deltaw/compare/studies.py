@@ -165,4 +165,5 @@ def _figures(folder: Path, runs: Sequence[Run], figure: str) -> list[tuple[Run, 
 
 def _plain(config: CompareConfig | SweepConfig) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return values | {"train": config.train.to_dict()}
+    own = {"baseline": config.baseline.to_dict()} if isinstance(config, CompareConfig) else {}
+    return values | {"train": config.train.to_dict(), "beams": dataclasses.asdict(config.beams)} | own
