@@ -26,7 +26,8 @@ def print_next(commands: Sequence[str], page: Path | None = None) -> None:
     """The commands to try next, each on one line that can be copied."""
     if page is not None:
         print(f"\nreport  {page}")
-    print("\nTry next:" if len(commands) > 1 else "\nNext:")
+    if commands:
+        print("\nTry next:" if len(commands) > 1 else "\nNext:")
     for command in commands:
         print(f"  {command}")
     sys.stdout.flush()

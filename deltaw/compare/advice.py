@@ -44,6 +44,11 @@ def advise(rows: Sequence[Row], figure: str) -> Advice | None:
         text = (f"{best.arm} has the best {figure}, {top.mean:.4g}. With one seed it is not known how much of the "
                 "differences is chance: compare with --seeds 0,1,2.")
         return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=(), noise=None, text=text)
+    if len(groups) > 1 and noise == 0.0 and all(group.mean == top.mean for group in groups):
+        text = (f"Every arm has the same {figure}, {top.mean:.4g}, with every seed: judge by a figure that tells them "
+                "apart.")
+        return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=tuple(row.arm for row in ordered),
+                      noise=noise, text=text)
     freedom = sum(group.n - 1 for group in groups)
     close = [row for row in ordered
              if abs(row.figures[figure].mean - top.mean) <= margin(noise, top, row.figures[figure], freedom)]

@@ -49,7 +49,7 @@ def _results(result: StudyResult, sized: bool) -> str:
                Column("peak memory, MiB", figure=True), Column("step, s", figure=True), Column("seeds", figure=True)]
     rows = [[row.arm, *([_size(row)] if sized else []), *(_measured(row.figures.get(name)) for name in names),
              number(row.parameters, ",d"), number(100 * row.share, ".3g"), number(row.bytes / 2**20, ",.2f"),
-             number(row.peak_memory / 2**20, ",.0f"), number(row.step_seconds, ".3g"), number(len(row.seeds), "d")]
+             number(row.peak_memory / 2**20, ",.0f"), number(row.step_seconds, ".2g"), number(len(row.seeds), "d")]
             for row in result.rows if row.figures]
     return table(columns, rows, caption="One row for each arm", sortable=True)
 

@@ -62,5 +62,11 @@ def test_one_seed_gives_no_noise_and_says_so() -> None:
     assert "With one seed" in advice.text
 
 
+def test_a_figure_that_is_the_same_everywhere_recommends_nothing() -> None:
+    advice = advise([row("a", 1, 0.0, 0.0), row("b", 2, 0.0, 0.0)], "accuracy")
+    assert advice is not None
+    assert "judge by a figure that tells them apart" in advice.text
+
+
 def test_nothing_finished_is_no_advice() -> None:
     assert advise([Row(arm="a", failed={0: "out of memory"})], "loss") is None
