@@ -115,6 +115,7 @@ def live(service: Service) -> Iterator[str]:
     opened, draining = listen("127.0.0.1", 0), Draining()
     server = Server(uvicorn.Config(create_app(service, draining), log_level="warning", lifespan="off",
                                    timeout_graceful_shutdown=1), service, draining)
+    opened.listen(64)  # as `serve` does: who comes before the thread is ready waits and is not refused
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
     thread.start()
     try:
