@@ -20,7 +20,7 @@ help:
 	@echo 'make demo    fine-tune a small real model on real data and show before and after; ARGS="..." goes to it'
 	@echo 'make test    lint, unit and slow, in this order'
 	@echo 'make lint    ruff, mypy --strict and the import contract'
-	@echo 'make unit    the tests that need no real model (under 3 minutes on 2 cores)'
+	@echo 'make unit    the tests that need no real model (under 5 minutes on 2 cores)'
 	@echo 'make slow    the tests on real models and beside other libraries'
 	@echo 'make bench   every benchmark in its quick form; each ends in one line of JSON'
 	@echo 'make clean   remove caches and converted models;  make distclean  remove .venv too'
