@@ -30,7 +30,7 @@ from train_real import DATA, LR, instructions, peft_loop
 import deltaw
 from deltaw import bases
 from deltaw.data import Example, pack
-from deltaw.train import Job, ManyConfig, TrainMany
+from deltaw.train import Job, ManyConfig, TrainMany, passes
 from deltaw.train.memory import memory_in_use, peak_memory
 from deltaw.train.state import Batch
 
@@ -90,7 +90,7 @@ def gradients(many: TrainMany, budget: int) -> tuple[list[float], dict[str, list
     for job in chosen:
         job.draw()
     many.base.model.train()
-    losses, _ = many._gradients(chosen)
+    losses, _ = passes.gradients(many.board, chosen, many.scheduler.budget, many._failing)
     grads = {}
     for job in chosen:
         parameters = many.board.parameters(job.name).values()
@@ -100,10 +100,16 @@ def gradients(many: TrainMany, budget: int) -> tuple[list[float], dict[str, list
     return [sum(losses[job.name]) for job in chosen], grads
 
 
+def apart(x: torch.Tensor, y: torch.Tensor) -> float:
+    """‖x − y‖ as a share of the longer of the two; 0 where both are zero, as A's gradient is while B is."""
+    longer = max(float(x.norm()), float(y.norm()))
+    return float((x - y).norm()) / longer if longer else 0.0
+
+
 def agree(many: TrainMany, one: int, all_: int) -> bool:
     """Whether both ways give the same losses and gradients."""
     (a, ga), (b, gb) = gradients(many, one), gradients(many, all_)
-    worst = max(float((x - y).norm() / x.norm()) for name in ga for x, y in zip(ga[name], gb[name], strict=True))
+    worst = max(apart(x, y) for name in ga for x, y in zip(ga[name], gb[name], strict=True))
     print(f"    largest relative difference of a gradient {worst:.1e}, "
           f"of a loss {max(abs(x - y) / y for x, y in zip(a, b, strict=True)):.1e}", flush=True)
     return worst < 1e-4 and all(abs(x - y) <= 1e-5 * y for x, y in zip(a, b, strict=True))
@@ -119,15 +125,15 @@ def compare(base: bases.Base, name: str, loras: list[deltaw.LoraConfig], rows: i
             rounds(many, size, count)  # after which no gradient is zero
             equal = agree(many, size, max(1024, size * count) if rows == 1 else 1024)
             budget = size * count if rows == 1 else 1024
-            together, apart = [], []
+            together, alone = [], []
             for turn in range(repeats + 1):
                 a = seconds(lambda: rounds(many, budget, 1 if budget >= size * count else count))
                 b = seconds(lambda: rounds(many, size, count))
                 if turn:
                     together.append(a)
-                    apart.append(b)
+                    alone.append(b)
     work = size * count
-    return Case(name, "tok/s", work / statistics.median(together), work / statistics.median(apart),
+    return Case(name, "tok/s", work / statistics.median(together), work / statistics.median(alone),
                 "one after the other", goal, better="higher", equal=equal)
 
 
