@@ -9,8 +9,9 @@ Each name is imported when it is first used: the options alone, which the comman
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from deltaw.exports import exported
 
 if TYPE_CHECKING:
     from deltaw.baselines.config import OPTIONS, BaselineConfig, trains_lora, virtual_tokens
@@ -31,11 +32,4 @@ _HOME = {
     "read": "files", "trains_lora": "config", "virtual_tokens": "config",
 }
 
-
-def __getattr__(name: str) -> object:
-    """The object of this name, imported now and kept."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'deltaw.baselines' has no attribute '{name}'")
-    value = getattr(import_module(f"deltaw.baselines.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = exported(__name__, _HOME)

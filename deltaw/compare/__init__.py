@@ -5,8 +5,9 @@ Each name is imported when it is first used: the configs alone, which the comman
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from deltaw.exports import exported
 
 if TYPE_CHECKING:
     from deltaw.compare.config import CompareConfig, SweepConfig
@@ -17,11 +18,4 @@ __all__ = ["CompareConfig", "StudyResult", "SweepConfig", "compare", "sweep"]
 _HOME = {"CompareConfig": "config", "StudyResult": "studies", "SweepConfig": "config", "compare": "studies",
          "sweep": "studies"}
 
-
-def __getattr__(name: str) -> object:
-    """The object of this name, imported now and kept."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'deltaw.compare' has no attribute '{name}'")
-    value = getattr(import_module(f"deltaw.compare.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = exported(__name__, _HOME)

@@ -5,8 +5,9 @@ Each name is imported when it is first used: `LoraConfig` alone, which the comma
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from deltaw.exports import exported
 
 if TYPE_CHECKING:
     from deltaw.core.adapter import Adapter, SiteDelta
@@ -18,11 +19,4 @@ __all__ = ["Adapter", "Geometry", "Kind", "LoraConfig", "SiteDelta"]
 _HOME = {"Adapter": "adapter", "Geometry": "geometry", "Kind": "geometry", "LoraConfig": "config",
          "SiteDelta": "adapter"}
 
-
-def __getattr__(name: str) -> object:
-    """The object of this name, imported now and kept."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'deltaw.core' has no attribute '{name}'")
-    value = getattr(import_module(f"deltaw.core.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = exported(__name__, _HOME)

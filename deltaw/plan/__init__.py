@@ -9,9 +9,10 @@ Each name is imported when it is first used: `PlanConfig` alone, which the comma
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from deltaw.exports import exported
 
 if TYPE_CHECKING:
     from deltaw.plan.config import PlanConfig
@@ -21,14 +22,7 @@ __all__ = ["MethodPlan", "Plan", "PlanConfig", "plan"]
 
 _HOME = {"MethodPlan": "run", "Plan": "run", "PlanConfig": "config", "plan": "run"}
 
-
-def __getattr__(name: str) -> object:
-    """The object of this name, imported now and kept."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'deltaw.plan' has no attribute '{name}'")
-    value = getattr(import_module(f"deltaw.plan.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = exported(__name__, _HOME)
 
 
 class _CallablePackage(ModuleType):

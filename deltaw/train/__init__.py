@@ -7,9 +7,10 @@ Each name is imported when it is first used: `TrainConfig` alone, which the comm
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from deltaw.exports import exported
 
 if TYPE_CHECKING:
     from deltaw.train.config import TrainConfig
@@ -37,14 +38,7 @@ _HOME = {
     "evaluate": "evaluation", "fit": "loop", "generate": "decoding", "score_choices": "decoding", "train": "run",
 }
 
-
-def __getattr__(name: str) -> object:
-    """The object of this name, imported now and kept."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'deltaw.train' has no attribute '{name}'")
-    value = getattr(import_module(f"deltaw.train.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = exported(__name__, _HOME)
 
 
 class _CallablePackage(ModuleType):

@@ -100,10 +100,10 @@ def planned_as(config: TrainConfig) -> Method:
     """The plan's name of what is trained; ConfigError for a method that it does not know."""
     if config.method == "lora":
         return "lora" if config.quantize == "none" else "qlora"
-    known = {method: method for method in METHODS}
-    if config.method not in known or config.quantize != "none":
+    known = next((method for method in METHODS if method == config.method), None)
+    if known is None or config.quantize != "none":
         raise ConfigError(Fault("plan", f"knows no {config.method} with quantize {config.quantize}", "another method"))
-    return known[config.method]
+    return known
 
 
 def _quantized(config: TrainConfig) -> Literal["nf4", "fp4", "int8"]:
