@@ -17,8 +17,9 @@ from deltaw.compare.arms import Arm, arms_of_comparison, arms_of_sweep, runs_of
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.figures import better
 from deltaw.compare.intrinsic import Intrinsic, intrinsic_dimension
-from deltaw.compare.study import TUNED, Run, Tell, read_outcome, run_study, write_text
+from deltaw.compare.study import TUNED, Run, Tell, read_outcome, run_study
 from deltaw.compare.table import Row, best_first, rows_of
+from deltaw.store.atomic import replace_text
 from deltaw.train.config import TrainConfig
 
 RESULT, BEST = "study.json", "best"
@@ -102,7 +103,7 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], drop
 
 
 def _written(result: StudyResult) -> StudyResult:
-    write_text(Path(result.folder) / RESULT, json.dumps(result.to_dict(), indent=2))
+    replace_text(Path(result.folder) / RESULT, json.dumps(result.to_dict(), indent=2))
     return result
 
 

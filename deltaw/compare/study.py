@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deltaw.store.atomic import replace_text
+
 RUNS, SPEC, OUTCOME, LOG, TUNED = "runs", "run.json", "outcome.json", "log.txt", "adapter"
 Status = Literal["done", "failed", "n/a"]
 Tell = Callable[[str], None]
@@ -120,7 +122,7 @@ def execute(folder: Path, run: Run) -> Outcome:
     if not spec.is_file() or spec.read_text(encoding="utf-8") != wanted:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        write_text(spec, wanted)
+        replace_text(spec, wanted)
     with (place / LOG).open("a", encoding="utf-8") as log:
         code = subprocess.run([sys.executable, "-m", "deltaw.compare.worker", str(place)], stdout=log, stderr=log,
                               stdin=subprocess.DEVNULL, env=own_code(), check=False).returncode
@@ -154,14 +156,7 @@ def read_outcome(folder: Path, run: Run) -> Outcome | None:
 
 def write_outcome(place: Path, outcome: Outcome) -> None:
     """Write it whole or not at all."""
-    write_text(place / OUTCOME, json.dumps(asdict(outcome), indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put the text in the file all at once."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    replace_text(place / OUTCOME, json.dumps(asdict(outcome), indent=2))
 
 
 def describe(outcome: Outcome) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deltaw.errors import ConfigError, Fault
+from deltaw.store.atomic import replace_text
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "sort.js"))
 
@@ -42,11 +43,9 @@ def page(title: str, sections: Iterable[str], *, footer: str = "", lead: str = "
 def write_page(text: str, path: str | Path) -> Path:
     """Write a page whole and return its path; ConfigError where it cannot be written."""
     target = Path(path).expanduser()
-    unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
+        replace_text(target, text)
     except OSError as error:
         raise ConfigError(Fault(f"report '{target}'", f"cannot be written: {error.strerror}",
                                 "a writable place")) from error

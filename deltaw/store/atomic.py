@@ -63,6 +63,13 @@ def replace_folder(path: str | Path, files: Mapping[str, bytes]) -> None:
                 os.close(lock)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Make a file hold this text, all at once; raises OSError, with the old file as it was."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def settled(path: Path) -> Path:
     """Where the folder of this path is now: there, or set aside if a write was cut off between its two renames."""
     path = path.expanduser().resolve()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from deltaw.store.atomic import replace_text
 from deltaw.train.memory import memory_in_use
 from deltaw.train.state import State, Watch
 
@@ -22,9 +23,7 @@ class MetricsLog:
         """Starts anew, or keeps the lines up to step `after`, those that a resumed run will not write again."""
         self.path = path
         rows = [row for row in read_metrics(path) if row["step"] <= after] if after is not None else []
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        unfinished.replace(path)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def step(self, state: State, *, loss: float, rate: float, norm: float) -> None:
         """Write a step's loss, learning rate, gradient length and totals."""
