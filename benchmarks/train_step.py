@@ -168,13 +168,16 @@ def main() -> int:
         steps |= {"peft": sides.peft(compiled=False), "full": sides.full(), "floor": sides.floor()}
         if not args.quick:
             steps |= {"ours, compiled": sides.ours(compiled=True), "peft, compiled": sides.peft(compiled=True)}
-        losses: dict[str, list[float]] = {name: [step()] for name, step in steps.items()}
+        losses: dict[str, list[float]] = {name: [] for name in steps}
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(args.repeats):
+        for taken in range(1 + args.repeats):
             for name, step in steps.items():
                 began = time.perf_counter()
                 losses[name].append(step())
                 times[name].append(time.perf_counter() - began)
+            print(f"  step {taken}: " + ", ".join(f"{name} {times[name][-1]:.2f} s" for name in steps), flush=True)
+        for values in times.values():
+            del values[0]  # first touches, and compiling
     t = {name: statistics.median(values) for name, values in times.items()}
     work = flops(sides.model(), sides.batch["input_ids"].numel())
     peak = gemm_rate(dtype)
