@@ -1,6 +1,6 @@
 """Peak memory of a training step, each side in a fresh process: ours beside peft, and how it grows with length.
 
-    python benchmarks/memory.py [--quick] [--dtype bf16|fp32] [--layers 30]
+    python benchmarks/memory.py [--quick] [--dtype bf16|fp32] [--layers 30] [--only step|growth]
 
 SmolLM2-135M's shapes, all-linear r=8, 4 x 256 tokens, every one learned from. The figure is the most that the process
 ever held, libraries and weights included. Growth is from 512 to 2,048 tokens in one row: layers whose activations are
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
-    """Two steps of one side; prints the peak in bytes and the losses."""
+    """Three steps of one side; prints the peak in bytes and the losses."""
     import resource
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,7 +53,7 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
         import deltaw
         from deltaw.train.compile import compiled_layers
         from deltaw.train.gated import gated_modules, product_made_again
-        from deltaw.train.memory import recompute_activations, release_at_once
+        from deltaw.train.memory import give_back, recompute_activations, release_at_once
         from deltaw.train.objective import CausalLoss
         from deltaw.train.optimizer import adamw
 
@@ -79,11 +79,13 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     losses = []
-    for _ in range(2):
+    for _ in range(3):
         value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if side == "released":
+            give_back()
         losses.append(value.item())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"peak": peak, "before": before, "losses": losses}))
@@ -106,6 +108,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="4 layers")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--only", choices=["step", "growth"], help="one half of it")
     parser.add_argument("--vs", default="peft", choices=["peft"])
     parser.add_argument("--child")
     parser.add_argument("--rows", type=int, default=4)
@@ -116,24 +119,34 @@ def main() -> int:
     if args.child:
         child(args.child, dtype, layers, args.rows, args.tokens)
         return 0
-    ours, peft = (measured(side, dtype, layers, 4, 256) for side in ("ours", "peft"))
-    near = abs(ours["losses"][0] - peft["losses"][0]) <= (1e-4 if dtype == "float32" else 2e-2) * peft["losses"][0]
-    cases = [Case(f"peak of a step 4 x 256, {args.dtype}", "MiB", ours["peak"] / MIB, peft["peak"] / MIB, "peft", 0.55,
-                  equal=near)]
-    if not args.quick:
-        compiled = measured("compiled", dtype, layers, 4, 256)
-        cases.append(Case(f"peak of a compiled step 4 x 256, {args.dtype}", "MiB", compiled["peak"] / MIB,
-                          peft["peak"] / MIB, "peft", 0.55, equal=near))
-    growth = {}
-    for side in ("ours", "recomputed"):
-        peaks = [measured(side, dtype, layers, 1, tokens)["peak"] for tokens in (512, 1024, 2048)]
-        growth[side] = (peaks[2] - peaks[0]) / MIB
-        if side == "recomputed":
-            cases.append(Case("growth 1024 to 2048 / twice 512 to 1024, recomputed", "MiB",
-                              (peaks[2] - peaks[1]) / MIB, 2 * (peaks[1] - peaks[0]) / MIB, "linear", 1.15))
-    cases.append(Case("growth 512 to 2048, recomputed / kept", "MiB", growth["recomputed"], growth["ours"], "kept",
-                      1 / 3))
+    cases = []
+    if args.only != "growth":
+        cases += of_a_step(args.dtype, dtype, layers, quick=args.quick)
+    if args.only != "step":
+        cases += of_longer_rows(dtype, layers)
     return report("memory", cases) and 0
+
+
+def of_a_step(label: str, dtype: str, layers: int, *, quick: bool) -> list[Case]:
+    """Ours beside peft, 4 x 256 tokens."""
+    peft = measured("peft", dtype, layers, 4, 256)
+    sides = {"ours": "", "released": ", release_memory"} | ({} if quick else {"compiled": ", compiled"})
+    cases = []
+    for side, what in sides.items():
+        found = measured(side, dtype, layers, 4, 256)
+        near = abs(found["losses"][0] - peft["losses"][0]) <= (1e-4 if dtype == "float32" else 2e-2) * peft["losses"][0]
+        cases.append(Case(f"peak of a step 4 x 256, {label}{what}", "MiB", found["peak"] / MIB, peft["peak"] / MIB,
+                          "peft", 0.55, equal=near))
+    return cases
+
+
+def of_longer_rows(dtype: str, layers: int) -> list[Case]:
+    """From 512 to 2,048 tokens in a row: layers computed again beside layers kept."""
+    kept, again = ([measured(side, dtype, layers, 1, tokens)["peak"] / MIB for tokens in (512, 1024, 2048)]
+                   for side in ("ours", "recomputed"))
+    return [Case("growth 1024 to 2048 / twice 512 to 1024, recomputed", "MiB", again[2] - again[1],
+                 2 * (again[1] - again[0]), "linear", 1.15),
+            Case("growth 512 to 2048, recomputed / kept", "MiB", again[2] - again[0], kept[2] - kept[0], "kept", 1 / 3)]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from deltaw.train.metrics import expand
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data", "plan")
+_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data", "plan",
+          "release_memory")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
 _INNER: Mapping[str, type[LoraConfig] | type[BaselineConfig]] = {"lora": LoraConfig, "baseline": BaselineConfig}
 """Fields that are configs themselves."""
@@ -113,6 +114,8 @@ class TrainConfig:
     """With nf4 and fp4, pack the scales of the blocks too."""
     gradient_checkpointing: Literal["off", "layer", "attention"] = "off"
     """Save memory by computing activations twice: those of each layer, or of its attention only."""
+    release_memory: bool = False
+    """Give freed memory back to the system after each step: less is held at the peak, each step is a little slower."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the base's layers; auto does it where the run is long enough and a measured step is faster."""
     threads: int | None = None

@@ -21,6 +21,7 @@ import torch
 from deltaw.train.checkpoint import Checkpoints
 from deltaw.train.doctor import Doctor
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
+from deltaw.train.memory import give_back
 from deltaw.train.objective import Objective
 from deltaw.train.optimizer import set_rate
 from deltaw.train.state import Batch, Batches, Pace, State, Watch
@@ -72,6 +73,9 @@ class Run:
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+        if pace.release_memory:
+            give_back()
 
         state.step += 1
         state.units += drawn.units

@@ -267,4 +267,5 @@ def pace_of(config: TrainConfig, batches_per_epoch: int) -> Pace:
     eval_every = math.ceil(steps / 5) if config.eval_every is None else config.eval_every
     return Pace(steps=steps, rate=lambda step: config.learning_rate * factor(step), accumulate=config.grad_accumulation,
                 max_grad_norm=config.max_grad_norm, eval_every=eval_every, keep_best=config.keep_best,
-                save_every=eval_every if config.save_every is None else config.save_every, patience=config.early_stop)
+                save_every=eval_every if config.save_every is None else config.save_every, patience=config.early_stop,
+                release_memory=config.release_memory)

@@ -59,6 +59,8 @@ class Pace:
     """Steps between checkpoints; 0 for none."""
     keep_best: str | None = None
     """The figure of an evaluation that decides which step was best: "loss" (lower is better) or another (higher)."""
+    release_memory: bool = False
+    """Whether freed memory is given back to the system after each step."""
     patience: int | None = None
     """Evaluations in a row without a better figure after which the run stops."""
 

@@ -40,6 +40,7 @@ TRAIN: dict[str, tuple[str, Any]] = {
     "optimizer": ("adamw8bit", "adamw8bit"), "loraplus_lr_ratio": ("16", 16.0), "freeze_a": ("", True),
     "label_smoothing": ("0.1", 0.1), "z_loss": ("1e-4", 1e-4), "gradient_checkpointing": ("attention", "attention"),
     "quantize": ("fp4", "fp4"), "double_quant": ("no-", False), "plan": ("warn", "warn"),
+    "release_memory": ("", True),
     "threads": ("2", 2), "seed": ("7", 7), "eval_every": ("11", 11),
     "eval_rows": ("none", None), "metrics": ("accuracy,f1", ("accuracy", "f1")), "max_new_tokens": ("12", 12),
     "samples": ("0", 0), "keep_best": ("none", None), "early_stop": ("2", 2), "save_every": ("6", 6),

@@ -31,7 +31,7 @@ WRONG = {
     "warmup_steps": -1, "weight_decay": -0.1, "betas": (0.9, 1.0), "eps": 0, "max_grad_norm": -1, "device": "gpu0x",
     "dtype": "fp16", "cache_data": "no", "quantize": "nf5", "double_quant": "no", "plan": "maybe",
     "batch_tokens": 0, "packing": True, "compile": "yes", "optimizer": "sgd", "loraplus_lr_ratio": 0, "freeze_a": "yes",
-    "label_smoothing": 1.0, "z_loss": -1, "gradient_checkpointing": "yes",
+    "label_smoothing": 1.0, "z_loss": -1, "gradient_checkpointing": "yes", "release_memory": 1,
     "threads": 0, "seed": -1, "eval_every": -1, "eval_rows": 0,
     "metrics": ("blue",), "max_new_tokens": 0, "samples": -1, "keep_best": "f1", "early_stop": 0, "save_every": -1,
     "keep_checkpoints": 0, "resume": "latest", "doctor_steps": 1, "allow_unused": None,
