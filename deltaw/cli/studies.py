@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _NOT_SHARED = ("lora", "baseline", "name", "seed", "resume", "method", "samples")
 """Options of a run that a study sets itself."""
+SHARED = ("Runs that trained together share a process: memory is that of all of them, a step's time a share by tokens. "
+          "--together off measures each alone.")
 Config = TypeVar("Config", bound=StudyConfig)
 
 
@@ -85,6 +87,8 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
     print_table(f"{result.kind}: {Path(result.folder).name}",
                 ["arm", *(["examples"] if any(row.size for row in result.rows) else []), *names, "trained values",
                  "% of base", "saved", "peak memory", "step"], [_cells(row, names, result) for row in result.rows])
+    if any(row.together > 1 for row in result.rows):
+        print(SHARED)
     if result.advice is not None:
         print(result.advice.text)
     print_next(commands, page)
@@ -96,6 +100,7 @@ def _cells(row: Row, names: Sequence[str], result: StudyResult) -> list[str]:
         why = "n/a: " + row.not_applicable if row.not_applicable else "failed: " + next(iter(row.failed.values()), "")
         return [row.arm, *sized, why, *[""] * (len(names) + 4)]
     failed = f" ({len(row.failed)} failed)" if row.failed else ""
+    shared = f" ({row.together} runs)" if row.together > 1 else ""
     return [row.arm + failed, *sized, *(str(row.figures[name]) if name in row.figures else "" for name in names),
             f"{row.parameters:,}", f"{100 * row.share:.3g}", f"{row.bytes / 2**20:,.1f} MiB",
-            f"{row.peak_memory / 2**20:,.0f} MiB", f"{row.step_seconds:.3g} s"]
+            f"{row.peak_memory / 2**20:,.0f} MiB{shared}", f"{row.step_seconds:.3g} s{shared}"]

@@ -34,6 +34,8 @@ class StudyConfig:
     """How answers to the test data are searched for."""
     judge: str | None = None
     """The figure that decides: loss or one of the metrics; by default the first metric, or loss."""
+    together: Literal["auto", "off"] = "auto"
+    """Train LoRA arms in one process over one base; off gives each a process, with a memory and a time of its own."""
 
     def __post_init__(self) -> None:
         beams: Any = self.beams
@@ -60,6 +62,8 @@ class StudyConfig:
             faults.append(self.fault("seeds", "different whole numbers >= 0"))
         if self.test_rows is not None and self.test_rows < 1:
             faults.append(self.fault("test_rows", "a whole number >= 1, or nothing"))
+        if self.together not in ("auto", "off"):
+            faults.append(self.fault("together", "auto or off"))
         if any(callable(metric) for metric in self.train.metrics):
             faults.append(Fault(f"{type(self).__name__}.train.metrics", "holds a function", "names of metrics",
                                 "Each run is a process of its own, which a function cannot be given to"))

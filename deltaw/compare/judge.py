@@ -33,11 +33,23 @@ class Judged:
     latency: Mapping[str, float] = field(default_factory=dict)
 
 
-def judge(run: Run, config: TrainConfig, tuned_folder: Path, labels: list[str] | None) -> Judged:
-    """Figures on the run's test data, where it names any, and times of a forward pass, where it asks for them."""
-    base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=labels,
-                           device=config.chosen_device())
+def judge(run: Run, config: TrainConfig, tuned_folder: Path, labels: list[str] | None, *,
+          base: bases.Base | None = None) -> Judged:
+    """Figures on the run's test data, where it names any, and times of a forward pass, where it asks for them.
+
+    A `base` that is loaded already is as it was afterwards.
+    """
+    if base is None:
+        base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=labels,
+                               device=config.chosen_device())
     tuned = baselines.load(tuned_folder, base.model)
+    try:
+        return _judged(run, config, tuned, base, labels)
+    finally:
+        tuned.remove()
+
+
+def _judged(run: Run, config: TrainConfig, tuned: Baseline, base: bases.Base, labels: list[str] | None) -> Judged:
     figures: Mapping[str, float] = {}
     rows = 0
     if run.test is not None:

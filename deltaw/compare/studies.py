@@ -91,7 +91,7 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], drop
     folder = Path(config.train.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     runs = runs_of(config, arms)
-    outcomes = run_study(folder, runs, tell or say)
+    outcomes = run_study(folder, runs, tell or say, together=config.together == "auto")
     rows = rows_of(runs, outcomes)
     curves: dict[str, list[tuple[int, float]]] = {}
     for run, outcome in zip(runs, outcomes, strict=True):
@@ -124,7 +124,8 @@ def _halve(config: SweepConfig, arms: list[Arm], tell: Tell) -> tuple[list[Arm],
         one = dataclasses.replace(config, seeds=config.seeds[:1], train=dataclasses.replace(
             config.train, out=str(Path(config.train.out) / f"rung-{rung + 1}")))
         runs = runs_of(one, arms, steps=steps)
-        rows = rows_of(runs, run_study(Path(one.train.out).expanduser(), runs, tell))
+        outcomes = run_study(Path(one.train.out).expanduser(), runs, tell, together=config.together == "auto")
+        rows = rows_of(runs, outcomes)
         ordered = [row.arm for row in best_first(rows, config.judged_by)]
         dropped += [arm.label for arm in arms if arm.label not in ordered[:keep]]
         arms = [arm for arm in arms if arm.label in ordered[:keep]]

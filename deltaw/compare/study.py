@@ -1,10 +1,12 @@
-"""A study: many runs of `deltaw.train` that are compared. Each is a process of its own; none is done twice.
+"""A study: many runs of `deltaw.train` that are compared; none is done twice.
 
     folder/runs/ARM/SIZE/seed-N/run.json        what to do            outcome.json   what came of it
                                /adapter/        the trained tensors   log.txt        what it said
+    folder/runs/together.txt                    what runs said that trained together
 
-A process for each run keeps them apart: the peak memory of one is not that of an earlier one, and one that fails, or
-that the system kills, is a row that says so.
+LoRA runs over one base train together in one process (`together`). Every other run is a process of its own: its peak
+memory is not that of an earlier one. A run that fails, or that the system kills, is a row that says so; those of a
+process that is killed with several in it are tried again one by one.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltaw.store.atomic import replace_text
+from deltaw.train.job_checks import SHARED as SHARED_BY_JOBS
 
 RUNS, SPEC, OUTCOME, LOG, TUNED = "runs", "run.json", "outcome.json", "log.txt", "adapter"
+SET_LOG = "together.txt"
 Status = Literal["done", "failed", "n/a"]
 Tell = Callable[[str], None]
 
@@ -81,9 +85,11 @@ class Outcome:
     bytes: int = 0
     """Size of the saved tensors' files."""
     peak_memory: int = 0
-    """The most bytes held in training."""
+    """The most bytes that its process held in training."""
     step_seconds: float = 0.0
-    """Mean time of a training step."""
+    """Mean time of a training step; of passes shared with other runs, its share by tokens."""
+    together: int = 1
+    """Runs that trained in its process."""
     steps: int = 0
     """Training steps done."""
     curve: tuple[tuple[int, float], ...] = ()
@@ -92,16 +98,21 @@ class Outcome:
     """Seconds of a forward pass: base_1, tuned_1, merged_1 and the same with 16 rows."""
 
 
-def run_study(folder: Path, runs: Sequence[Run], tell: Tell) -> list[Outcome]:
+def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool = False) -> list[Outcome]:
     """The outcomes of all runs, in their order; those that are done already are read."""
     outcomes: list[Outcome] = []
     not_applicable: dict[str, Outcome] = {}
+    before = {run: outcome for run, outcome in ((run.place, read_outcome(folder, run)) for run in runs)
+              if outcome is not None and outcome.status != "failed"}
+    shared = _all_sets(folder, [run for run in runs if run.place not in before], tell) if together else {}
     for number, run in enumerate(runs, 1):
-        name = f"[{number}/{len(runs)}] {run.arm}" + (f", {run.size:,} examples" if run.size else "")
-        name += f", seed {run.seed}"
-        outcome = read_outcome(folder, run)
-        if outcome is not None and outcome.status != "failed":
+        name = f"[{number}/{len(runs)}] {told(run)}"
+        if run.place in before:
+            outcome = before[run.place]
             tell(f"{name}: done before")
+        elif run.place in shared:
+            outcome = shared[run.place]
+            tell(f"{name}: {describe(outcome)}")
         elif run.arm in not_applicable:  # it will not apply with another seed either
             outcome = Outcome(identity=run.identity, status="n/a", reason=not_applicable[run.arm].reason)
         else:
@@ -114,8 +125,55 @@ def run_study(folder: Path, runs: Sequence[Run], tell: Tell) -> list[Outcome]:
     return outcomes
 
 
+def sets_of(runs: Sequence[Run]) -> list[list[Run]]:
+    """Those of the runs that can train over one base in one process, in sets of two or more.
+
+    A run is left out where it would not be computed as alone: another method than LoRA, layers that have to be
+    compiled. Classifiers are too, since their heads keep them from sharing passes.
+    """
+    sets: dict[str, list[Run]] = {}
+    for run in runs:
+        train = run.train
+        if (train.get("method"), train.get("task")) == ("lora", "causal-lm") and train.get("compile") != "on":
+            shared = json.dumps([train.get(name) for name in SHARED_BY_JOBS])
+            sets.setdefault(shared, []).append(run)
+    return [members for members in sets.values() if len(members) > 1]
+
+
+def _all_sets(folder: Path, runs: Sequence[Run], tell: Tell) -> dict[Path, Outcome]:
+    """The outcomes of the runs that go together; none of one whose process was killed before it had any."""
+    found: dict[Path, Outcome] = {}
+    for members in sets_of(runs):
+        tell(f"{len(members)} runs together: {'; '.join(map(told, members))} (see {folder / RUNS / SET_LOG}) ...")
+        code = execute_together(folder, members)
+        outcomes = {run.place: outcome for run in members if (outcome := read_outcome(folder, run)) is not None}
+        if len(outcomes) < len(members):
+            tell(f"the process with {len(members)} runs ended with {code}; those that it left run one by one")
+        found |= outcomes
+    return found
+
+
+def execute_together(folder: Path, runs: Sequence[Run]) -> int:
+    """Do several runs in one process; each goes on from its own last checkpoint. Returns the process's exit code."""
+    for run in runs:
+        (_prepared(folder, run) / OUTCOME).unlink(missing_ok=True)
+    return _process(folder / RUNS / SET_LOG, [folder / run.place for run in runs])
+
+
 def execute(folder: Path, run: Run) -> Outcome:
     """Do one run in a process of its own; a run that was broken off goes on from its last checkpoint."""
+    place = _prepared(folder, run)
+    code = _process(place / LOG, [place])
+    outcome = read_outcome(folder, run)
+    if outcome is None:
+        killed = f"ended by signal {-code}; not enough memory?" if code < 0 else f"ended with {code}"
+        outcome = Outcome(identity=run.identity, status="failed", reason=f"the process {killed}; see {place / LOG}")
+        write_outcome(place, outcome)
+    return outcome
+
+
+def _prepared(folder: Path, run: Run) -> Path:
+    """The run's folder, with what to do; what another run left there is gone."""
     place = folder / run.place
     spec = place / SPEC
     wanted = json.dumps(asdict(run) | {"identity": run.identity}, indent=2, sort_keys=True)
@@ -123,17 +181,17 @@ def execute(folder: Path, run: Run) -> Outcome:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         replace_text(spec, wanted)
-    with (place / LOG).open("a", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, "-m", "deltaw.compare.worker", str(place)], stdout=log, stderr=log,
-                              stdin=subprocess.DEVNULL, env=own_code(), check=False).returncode
+    return place
+
+
+def _process(log: Path, places: Sequence[Path]) -> int:
+    """Run the worker on these folders; KeyboardInterrupt where it was stopped by hand."""
+    with log.open("a", encoding="utf-8") as file:
+        code = subprocess.run([sys.executable, "-m", "deltaw.compare.worker", *map(str, places)], stdout=file,
+                              stderr=file, stdin=subprocess.DEVNULL, env=own_code(), check=False).returncode
     if code == 130 or code == -2:
         raise KeyboardInterrupt
-    outcome = read_outcome(folder, run)
-    if outcome is None:
-        killed = f"ended by signal {-code}; not enough memory?" if code < 0 else f"ended with {code}"
-        outcome = Outcome(identity=run.identity, status="failed", reason=f"the process {killed}; see {place / LOG}")
-        write_outcome(place, outcome)
-    return outcome
+    return code
 
 
 def own_code() -> dict[str, str]:
@@ -157,6 +215,11 @@ def read_outcome(folder: Path, run: Run) -> Outcome | None:
 def write_outcome(place: Path, outcome: Outcome) -> None:
     """Write it whole or not at all."""
     replace_text(place / OUTCOME, json.dumps(asdict(outcome), indent=2))
+
+
+def told(run: Run) -> str:
+    """What a run is called."""
+    return run.arm + (f", {run.size:,} examples" if run.size else "") + f", seed {run.seed}"
 
 
 def describe(outcome: Outcome) -> str:

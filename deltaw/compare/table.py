@@ -29,9 +29,11 @@ class Row:
     bytes: int = 0
     """Saved tensors."""
     peak_memory: int = 0
-    """The most bytes that a training run of it held."""
+    """The most bytes that the process of a training run of it held."""
     step_seconds: float = 0.0
-    """Time of a training step, median over seeds."""
+    """Time of a training step, median over seeds; of shared passes the share by tokens."""
+    together: int = 1
+    """The most runs that trained in a process with one of these; then memory and time are not this arm's alone."""
     latency: Mapping[str, float] = field(default_factory=dict)
     """Seconds of a forward pass, median over seeds."""
     seeds: tuple[int, ...] = ()
@@ -67,7 +69,7 @@ def _row(arm: str, size: int | None, group: Sequence[tuple[Run, Outcome]]) -> Ro
         figures={name: measured([o.figures[name] for o in outcomes if name in o.figures]) for name in first.figures},
         parameters=first.parameters, share=first.parameters / first.base_parameters if first.base_parameters else 0.0,
         bytes=first.bytes, peak_memory=max(o.peak_memory for o in outcomes),
-        step_seconds=median(o.step_seconds for o in outcomes),
+        step_seconds=median(o.step_seconds for o in outcomes), together=max(o.together for o in outcomes),
         latency={name: median(o.latency[name] for o in outcomes if name in o.latency) for name in first.latency})
 
 

@@ -1,4 +1,4 @@
-"""One run of a study, in a process of its own: `python -m deltaw.compare.worker FOLDER`.
+"""Runs of a study, in a process of their own: `python -m deltaw.compare.worker FOLDER...`; several train `together`.
 
     train    as `run.json` says
     judge    the saved folder, loaded again as a user would, on the test data
@@ -10,60 +10,117 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaw.compare.study import SPEC, TUNED, Outcome, Run, write_outcome
 from deltaw.errors import BaseModelError, ConfigError, DeltawError
+
+if TYPE_CHECKING:
+    from deltaw.bases import Base
+    from deltaw.compare.judge import Judged
+    from deltaw.train.config import TrainConfig
+    from deltaw.train.result import TrainResult
 
 NOT_APPLICABLE = (ConfigError, BaseModelError)
 """What a method that cannot be used on a model raises, before any training."""
 
 
-def main(place: Path) -> int:
-    """Do the run whose folder this is, and leave its outcome there; 130 where it was stopped."""
-    spec = json.loads((place / SPEC).read_text(encoding="utf-8"))
-    run = Run(**{field.name: spec[field.name] for field in fields(Run)})
+def main(places: Sequence[Path]) -> int:
+    """Do the runs whose folders these are, and leave their outcomes there; 130 where that was stopped."""
+    runs = {place: read_run(place) for place in places}
     try:
-        outcome = do(run, place, spec["identity"])
+        for place, outcome in outcomes_of(runs):
+            write_outcome(place, outcome)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        traceback.print_exc()
-        known = isinstance(error, DeltawError)
-        first = str(error) if known else f"{type(error).__name__}: {error}"
-        outcome = Outcome(identity=spec["identity"], status="n/a" if isinstance(error, NOT_APPLICABLE) else "failed",
-                          reason=" ".join(first.split()))
-    write_outcome(place, outcome)
     return 0
 
 
-def do(run: Run, place: Path, identity: str) -> Outcome:
+def read_run(place: Path) -> Run:
+    """The run that a folder is for."""
+    spec = json.loads((place / SPEC).read_text(encoding="utf-8"))
+    return Run(**{field.name: spec[field.name] for field in fields(Run)})
+
+
+def outcomes_of(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
+    """What comes of each run."""
+    if len(runs) > 1:
+        from deltaw.compare.together import do_together
+
+        yield from do_together(runs)
+        return
+    for place, run in runs.items():
+        try:
+            yield place, do(run, place)
+        except Exception as error:
+            traceback.print_exc()
+            yield place, reason_of(run, error)
+
+
+def do(run: Run, place: Path) -> Outcome:
     """Train, judge and time."""
-    from deltaw.train.config import TrainConfig
     from deltaw.train.run import train
 
-    tuned = place / TUNED
-    config = TrainConfig.from_dict({**run.train, **data_of(run, place), "out": str(tuned), "samples": 0,
-                                    "resume": True})
-    result = train(config, quiet=True)
-    figures: Mapping[str, float] = result.after
-    rows = int(result.data.get("valid_rows", 0))
-    latency: dict[str, float] = {}
-    if run.test is not None or run.latency:
-        from deltaw.compare.judge import judge
+    config = config_of(run, place)
+    result = trained_before(config) or train(config, quiet=True)
+    return outcome_of(run, result, judged(run, config, result))
 
-        judged = judge(run, config, tuned, result.data.get("labels"))
-        latency = dict(judged.latency)
-        if judged.figures:
-            figures, rows = judged.figures, judged.rows
+
+def config_of(run: Run, place: Path) -> TrainConfig:
+    """The run's config; it goes on where its folder holds a checkpoint."""
+    from deltaw.train.config import TrainConfig
+
+    return TrainConfig.from_dict({**run.train, **data_of(run, place), "out": str(place / TUNED), "samples": 0,
+                                  "resume": True})
+
+
+def trained_before(config: TrainConfig) -> TrainResult | None:
+    """The result of this very run, where it was trained to its end before."""
+    from deltaw.train.result import TrainResult
+    from deltaw.train.run import RESULT_FILE
+
+    file = Path(config.out) / RESULT_FILE
+    try:
+        found = TrainResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return None if config.changes(found.config) else found
+
+
+def judged(run: Run, config: TrainConfig, result: TrainResult, base: Base | None = None) -> Judged | None:
+    """What the trained folder is found to be worth; None where the run's own held-out figures stand.
+
+    On `base` where it is there, unless it was packed for the training.
+    """
+    if run.test is None and not run.latency:
+        return None
+    from deltaw.compare.judge import judge
+
+    return judge(run, config, Path(config.out), result.data.get("labels"),
+                 base=base if config.quantize == "none" else None)
+
+
+def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together: int = 1) -> Outcome:
+    """What came of a finished run."""
+    figures, rows = result.after, int(result.data.get("valid_rows", 0))
+    if judged is not None and judged.figures:
+        figures, rows = judged.figures, judged.rows
     curve = tuple((int(row["step"]), float(row["loss"])) for row in result.curve if row.get("event") == "eval")
-    return Outcome(identity=identity, status="done", figures=dict(figures), rows=rows,
+    return Outcome(identity=run.identity, status="done", figures=dict(figures), rows=rows,
                    parameters=result.trained_parameters, base_parameters=result.base_parameters,
                    bytes=result.adapter_bytes, peak_memory=result.peak_memory, steps=result.steps, curve=curve,
-                   step_seconds=result.train_seconds / max(1, result.steps), latency=latency)
+                   step_seconds=result.train_seconds / max(1, result.steps), together=together,
+                   latency={} if judged is None else dict(judged.latency))
+
+
+def reason_of(run: Run, error: Exception | str) -> Outcome:
+    """Why a run came to nothing."""
+    text = str(error) if isinstance(error, (DeltawError, str)) else f"{type(error).__name__}: {error}"
+    return Outcome(identity=run.identity, status="n/a" if isinstance(error, NOT_APPLICABLE) else "failed",
+                   reason=" ".join(text.split()))
 
 
 def data_of(run: Run, place: Path) -> dict[str, Any]:
@@ -92,4 +149,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main([Path(place) for place in sys.argv[1:]]))

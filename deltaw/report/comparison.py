@@ -26,7 +26,7 @@ def study_page(result: StudyResult) -> str:
     sized = any(row.size for row in result.rows)
     sections = [
         section("What to take", finding(result.advice.text if result.advice else "")),
-        section("Results", _results(result, sized), "mean ± standard deviation between seeds"),
+        section("Results", _results(result, sized), "mean ± standard deviation between seeds" + _of_several(result)),
         section("With few examples", _by_size(result) if sized else "", "Table 16 of the LoRA paper has this form"),
         section("The paper's rows", _published(result), "other models and budgets: compare orders and distances"),
         section("Quality by size", figure(_by_parameters(result), f"{result.judged_by} over trained values, "
@@ -49,9 +49,22 @@ def _results(result: StudyResult, sized: bool) -> str:
                Column("peak memory, MiB", figure=True), Column("step, s", figure=True), Column("seeds", figure=True)]
     rows = [[row.arm, *([_size(row)] if sized else []), *(_measured(row.figures.get(name)) for name in names),
              number(row.parameters, ",d"), number(100 * row.share, ".3g"), number(row.bytes / 2**20, ",.2f"),
-             number(row.peak_memory / 2**20, ",.0f"), number(row.step_seconds, ".2g"), number(len(row.seeds), "d")]
+             _shared(row, number(row.peak_memory / 2**20, ",.0f")), _shared(row, number(row.step_seconds, ".2g")),
+             number(len(row.seeds), "d")]
             for row in result.rows if row.figures]
     return table(columns, rows, caption="One row for each arm", sortable=True)
+
+
+def _of_several(result: StudyResult) -> str:
+    if all(row.together == 1 for row in result.rows):
+        return ""
+    return ("; * of runs that trained in one process: the memory of all of them, and of shared passes the share of the "
+            "time by tokens (--together off measures each alone)")
+
+
+def _shared(row: Row, value: str | Cell) -> str | Cell:
+    """A figure that is not the arm's alone, with its mark."""
+    return Cell(f"{value.text} *", value.value) if isinstance(value, Cell) and row.together > 1 else value
 
 
 def _by_size(result: StudyResult) -> str:

@@ -20,7 +20,7 @@ from deltaw.train.metrics import expand
 
 Task = Literal["causal-lm", "seq-cls"]
 Schedule = Literal["linear", "cosine", "constant"]
-_LATER = ("resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data", "plan",
+_LATER = ("name", "resume", "threads", "keep_checkpoints", "save_every", "samples", "cache_data", "plan",
           "release_memory")
 """Fields that may differ between a run and its resumption, since they do not change what is learned."""
 _INNER: Mapping[str, type[LoraConfig] | type[BaselineConfig]] = {"lora": LoraConfig, "baseline": BaselineConfig}

@@ -32,7 +32,7 @@ def done(folder: Path, run: Run) -> Outcome:
     place = folder / run.place
     place.mkdir(parents=True)
     (place / SPEC).write_text(json.dumps(asdict(run) | {"identity": run.identity}), encoding="utf-8")
-    assert main(place) == 0
+    assert main([place]) == 0
     outcome = read_outcome(folder, run)
     assert outcome is not None
     return outcome
