@@ -236,7 +236,7 @@ def main() -> int:
     if args.memory:
         memory(args.memory == "one")
         return 0
-    only, repeats = args.only.split(","), 2 if args.quick else 4
+    only, repeats = args.only.split(","), 2 if args.quick else 6
     base = bases.load_base(MODEL, dtype="fp32")
     same = [deltaw.LoraConfig(r=8, lora_alpha=16)] * 8
     mixed = [deltaw.LoraConfig(r=r, lora_alpha=16, target_modules=t) for r, t in zip(RANKS, TARGETS, strict=True)]

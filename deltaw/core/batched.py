@@ -4,8 +4,9 @@
 
 The frozen product sees all tokens at once. The adapters may differ in rank, scale and dropout, and one may change
 some of the projections i only. As in `kernels`, everything is one node of the autograd graph that keeps x once. Work
-grows with the tokens: there is a pass for each segment, or, where all are equally long, one batched product over
-factors stacked and padded to the largest rank.
+grows with the tokens: neighbouring segments of one length share a batched product over factors that are stacked and
+padded to the largest rank among them (`stacks`), as long as little is padded; there is a pass for each of the others.
+Whoever lays out the tokens puts segments of like length and rank side by side.
 
 No product mixes tokens of two segments, in either direction: NaN in one adapter's tokens stays there.
 `reference` is the same in plain operations.
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from deltaw.core.kernels import Stripped, product
 from deltaw.core.methods import lora
+from deltaw.core.stacks import Stacks
 
-STACKED_FROM = 12
-"""Segments of equal length from which on one batched product beats a pass for each."""
-_MOST_PADDING = 4.0
+STACKED_FROM = 2
+"""Neighbouring segments of equal length from which on one batched product beats a pass for each."""
+_MOST_PADDING = 2.5
 """How many times their own size stacked factors may take."""
 
 
@@ -69,7 +71,7 @@ def grouped_linear(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group])
     groups = [g for g in groups if g.stop > g.start and any(f is not None for f in g.factors)]
     keep = [None if not g.dropout else torch.empty(g.stop - g.start, x.shape[-1], dtype=torch.bool, device=x.device)
             .bernoulli_(1 - g.dropout, generator=g.generator) for g in groups]
-    plan = _Plan(groups, layers, x.shape)
+    plan = _Plan(groups, layers)
     outputs: tuple[Tensor, ...] = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
         x, plan, *keep, *(layer.W if isinstance(layer.W, Tensor) else None for layer in layers),
         *(layer.b for layer in layers), *plan.tensors)
@@ -96,7 +98,7 @@ def reference(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group]) -> t
 class _Plan:
     """How a call is computed: its segments, and where their tensors stand in the node's list of inputs."""
 
-    def __init__(self, groups: Sequence[Group], layers: Sequence[Frozen], shape: torch.Size) -> None:
+    def __init__(self, groups: Sequence[Group], layers: Sequence[Frozen]) -> None:
         self.outputs = [layer.outputs for layer in layers]
         self.packed = [layer.W if isinstance(layer.W, Stripped) else None for layer in layers]
         self.spans = [(g.start, g.stop) for g in groups]
@@ -105,23 +107,46 @@ class _Plan:
         self.tensors = [t for g in groups for f in g.factors if f is not None for t in (f.A, f.B)]
         self.first = 2 + len(groups) + 2 * len(layers)
         """Where the factors begin among the node's inputs."""
-        self.stacks = self._worth_stacking(shape)
+        self.offsets = [0, *accumulate(2 * len(part) for part in self.parts)]
+        """Where each segment's factors begin among `tensors`."""
+        self.ranks = [(max(ranks), sum(ranks)) for ranks in ([f.A.shape[0] for f in g.factors if f is not None]
+                                                             for g in groups)]
+        """The largest rank of each segment, and the sum over its projections."""
+        self.runs = list(self._runs())
 
-    def _worth_stacking(self, shape: torch.Size) -> bool:
-        lengths = {stop - start for start, stop in self.spans}
-        whole = sum(stop - start for start, stop in self.spans) == shape[:-1].numel()
-        if len(self.spans) < STACKED_FROM or len(lengths) != 1 or not whole or min(self.kept) < 1:
-            return False
-        ranks = [A.shape[0] for A in self.tensors[::2]]
-        return max(ranks) * len(self.spans) * len(self.outputs) <= _MOST_PADDING * sum(ranks)
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """The segments in runs that are computed at once: from the one, up to the other."""
+        first = 0
+        for s in range(1, len(self.spans)):
+            if not (self._continues(s) and self._padding(first, s + 1) <= _MOST_PADDING):
+                yield from self._run(first, s)
+                first = s
+        if self.spans:
+            yield from self._run(first, len(self.spans))
 
-    def factors(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """A and B of each segment's projections, in one dtype."""
-        at = 0
-        for part in self.parts:
-            own = [t.to(dtype) for t in tensors[at:at + 2 * len(part)]]
-            at += 2 * len(part)
-            yield own[0::2], own[1::2]
+    def _continues(self, s: int) -> bool:
+        """Whether a segment lies right after the one before it, is as long, and neither draws dropout."""
+        (start, middle), (begin, stop) = self.spans[s - 1:s + 1]
+        return middle == begin and middle - start == stop - begin and self.kept[s - 1] == self.kept[s] == 1.0
+
+    def _padding(self, first: int, stop: int) -> float:
+        """How many times their own size the stacked factors of a run take."""
+        ranks = self.ranks[first:stop]
+        return max(widest for widest, _ in ranks) * len(ranks) * len(self.outputs) / sum(total for _, total in ranks)
+
+    def _run(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """One run, or each of its segments by itself where they are too few."""
+        step = stop - first if stop - first >= STACKED_FROM else 1
+        return ((s, s + step) for s in range(first, stop, step))
+
+    def of_run(self, first: int, stop: int, tensors: Sequence[Any]) -> tuple[slice, Sequence[Any]]:
+        """The tokens of a run, and its factors."""
+        return (slice(self.spans[first][0], self.spans[stop - 1][1]),
+                tensors[self.offsets[first]:self.offsets[stop]])
+
+    def stacks(self, first: int, stop: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Stacks:
+        """The factors of a run of several segments."""
+        return Stacks(self.parts[first:stop], self.outputs, factors, dtype)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -133,15 +158,16 @@ class _GroupedLinear(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         y = [x_TI.new_zeros(len(x_TI), outputs) if W_OI is None else product(x_TI, W_OI, bias)
              for W_OI, bias, outputs in zip(W, b, plan.outputs, strict=True)]
-        if plan.stacks:
-            H = _Stacks(plan, factors, x.dtype).forward(x_TI, y)
-        else:
-            H = []
-            for s, ((start, stop), (A, B)) in enumerate(zip(plan.spans, plan.factors(factors, x.dtype), strict=True)):
-                h_SR = _dropped(x_TI[start:stop], keep[s], plan.kept[s]) @ _cat(A).t()
-                for (i, scale), h, B_OR in zip(plan.parts[s], _split(h_SR, A), B, strict=True):
-                    y[i][start:stop].addmm_(h, B_OR.t(), alpha=scale)
-                H.append(h_SR)
+        H = []
+        for first, stop in plan.runs:
+            rows, own = plan.of_run(first, stop, factors)
+            if stop - first > 1:
+                H.append(plan.stacks(first, stop, own, x.dtype).forward(x_TI[rows], [y_TO[rows] for y_TO in y]))
+                continue
+            A, B = _factors(own, x.dtype)
+            H.append(_dropped(x_TI[rows], keep[first], plan.kept[first]) @ _cat(A).t())
+            for (i, scale), h, B_OR in zip(plan.parts[first], _split(H[-1], A), B, strict=True):
+                y[i][rows].addmm_(h, B_OR.t(), alpha=scale)
         ctx.plan, ctx.count = plan, len(H)
         ctx.save_for_backward(x, *H, *flat)
         ctx.set_materialize_grads(False)
@@ -159,15 +185,16 @@ class _GroupedLinear(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         dx_TI = _through_frozen(g, W, x_TI) if ctx.needs_input_grad[0] else None
-        if plan.stacks:
-            own = _Stacks(plan, factors, x.dtype).backward(x_TI, H[0], g, dx_TI)
-        else:
-            own = []
-            for s, (A, B) in enumerate(plan.factors(factors, x.dtype)):
-                own += _one_segment(plan, s, x_TI, keep[s], H[s], g, dx_TI, A, B)
+        found: list[Tensor | None] = []
+        for (first, stop), h in zip(plan.runs, H, strict=True):
+            rows, own = plan.of_run(first, stop, factors)
+            of_run = x_TI[rows], h, [None if g_TO is None else g_TO[rows] for g_TO in g], \
+                None if dx_TI is None else dx_TI[rows]
+            found += plan.stacks(first, stop, own, x.dtype).backward(*of_run) if stop - first > 1 else \
+                _one_segment(*of_run, *_factors(own, x.dtype), plan.parts[first], keep[first], plan.kept[first])
         wanted = ctx.needs_input_grad[plan.first:]
         nothing[plan.first:] = [None if grad is None or not want else grad.to(factor.dtype)
-                                for grad, want, factor in zip(own, wanted, factors, strict=True)]
+                                for grad, want, factor in zip(found, wanted, factors, strict=True)]
         nothing[0] = None if dx_TI is None else dx_TI.view(x.shape)
         return tuple(nothing)
 
@@ -185,78 +212,34 @@ def _through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | 
     return torch.zeros_like(x_TI) if dx_TI is None else dx_TI
 
 
-def _one_segment(plan: _Plan, s: int, x_TI: Tensor, keep: Tensor | None, h_SR: Tensor, g: Sequence[Tensor | None],
-                 dx_TI: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor]) -> list[Tensor | None]:
-    """dA and dB of a segment's projections in turn; what reaches x is added to `dx_TI`."""
-    start, stop = plan.spans[s]
+def _one_segment(x_SI: Tensor, h_SR: Tensor, g: Sequence[Tensor | None], dx_SI: Tensor | None, A: Sequence[Tensor],
+                 B: Sequence[Tensor], part: Sequence[tuple[int, float]], keep: Tensor | None,
+                 kept: float) -> list[Tensor | None]:
+    """dA and dB of a segment's projections in turn; what reaches x is added to `dx_SI`."""
     dh_SR, A_RI = torch.empty_like(h_SR), _cat(A)
-    for (i, scale), dh, B_OR in zip(plan.parts[s], _split(dh_SR, A), B, strict=True):
-        g_TO = g[i]
-        if g_TO is None:
+    for (i, scale), dh, B_OR in zip(part, _split(dh_SR, A), B, strict=True):
+        g_SO = g[i]
+        if g_SO is None:
             dh.zero_()
         else:
-            torch.addmm(dh, g_TO[start:stop], B_OR, beta=0, alpha=scale, out=dh)
-    x_SI = _dropped(x_TI[start:stop], keep, plan.kept[s])
-    if dx_TI is not None and keep is None:
-        dx_TI[start:stop].addmm_(dh_SR, A_RI)
-    elif dx_TI is not None:
-        dx_TI[start:stop] += _dropped(dh_SR @ A_RI, keep, plan.kept[s])
+            torch.addmm(dh, g_SO, B_OR, beta=0, alpha=scale, out=dh)
+    if dx_SI is not None and keep is None:
+        dx_SI.addmm_(dh_SR, A_RI)
+    elif dx_SI is not None:
+        dx_SI += _dropped(dh_SR @ A_RI, keep, kept)
+    x_SI = _dropped(x_SI, keep, kept)
     grads: list[Tensor | None] = []
-    for (i, scale), dA, h in zip(plan.parts[s], torch.split(dh_SR.t() @ x_SI, [len(a) for a in A]), _split(h_SR, A),
+    for (i, scale), dA, h in zip(part, torch.split(dh_SR.t() @ x_SI, [len(a) for a in A]), _split(h_SR, A),
                                  strict=True):
-        g_TO = g[i]
-        grads += (None, None) if g_TO is None else (dA, (g_TO[start:stop].t() @ h).mul_(scale))
+        g_SO = g[i]
+        grads += (None, None) if g_SO is None else (dA, (g_SO.t() @ h).mul_(scale))
     return grads
 
 
-class _Stacks:
-    """Factors of equally long segments as one tensor for each projection, padded to the largest rank."""
-
-    def __init__(self, plan: _Plan, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.plan, self.count = plan, len(plan.spans)
-        self.ranks = [A.shape[0] for A in factors[::2]]
-        width, inputs = max(self.ranks), factors[0].shape[1]
-        self.width = width
-        self.A_NPRI = factors[0].new_zeros(self.count, len(plan.outputs) * width, inputs, dtype=dtype)
-        self.B = [factors[0].new_zeros(self.count, outputs, width, dtype=dtype) for outputs in plan.outputs]
-        for n, i, scale, at in self.places():
-            A_RI, B_OR = factors[2 * at], factors[2 * at + 1]
-            self.A_NPRI[n, i * width:i * width + len(A_RI)] = A_RI
-            torch.mul(B_OR, scale, out=self.B[i][n, :, :B_OR.shape[1]])
-
-    def places(self) -> Iterator[tuple[int, int, float, int]]:
-        """Segment, projection, scale and number of each pair of factors."""
-        at = 0
-        for n, part in enumerate(self.plan.parts):
-            for i, scale in part:
-                yield n, i, scale, at
-                at += 1
-
-    def forward(self, x_TI: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
-        """Add every change to y in place; returns H (N, S, P·R)."""
-        h_NSR = torch.bmm(x_TI.view(self.count, -1, x_TI.shape[1]), self.A_NPRI.transpose(1, 2))
-        for y_TO, h, B_NOR in zip(y, torch.split(h_NSR, self.width, 2), self.B, strict=True):
-            y_TO.view(self.count, -1, y_TO.shape[1]).baddbmm_(h, B_NOR.transpose(1, 2))
-        return [h_NSR]
-
-    def backward(self, x_TI: Tensor, h_NSR: Tensor, g: Sequence[Tensor | None],
-                 dx_TI: Tensor | None) -> list[Tensor | None]:
-        """dA and dB of every pair in turn; what reaches x is added to `dx_TI`."""
-        x_NSI = x_TI.view(self.count, -1, x_TI.shape[1])
-        g_N = [None if g_TO is None else g_TO.view(self.count, -1, g_TO.shape[1]) for g_TO in g]
-        dh_NSR = torch.cat([torch.zeros_like(h) if g_NSO is None else torch.bmm(g_NSO, B_NOR)
-                            for g_NSO, h, B_NOR in zip(g_N, torch.split(h_NSR, self.width, 2), self.B, strict=True)], 2)
-        if dx_TI is not None:
-            dx_TI.view(x_NSI.shape).baddbmm_(dh_NSR, self.A_NPRI)
-        dA_NRI = torch.bmm(dh_NSR.transpose(1, 2), x_NSI)
-        dB = [None if g_NSO is None else torch.bmm(g_NSO.transpose(1, 2), h)
-              for g_NSO, h in zip(g_N, torch.split(h_NSR, self.width, 2), strict=True)]
-        grads: list[Tensor | None] = []
-        for n, i, scale, at in self.places():
-            dB_NOR, rank, first = dB[i], self.ranks[at], i * self.width
-            grads += (None, None) if dB_NOR is None else (
-                dA_NRI[n, first:first + rank], dB_NOR[n, :, :rank] * scale)
-        return grads
+def _factors(own: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of each of a segment's projections, in one dtype."""
+    factors = [factor.to(dtype) for factor in own]
+    return factors[0::2], factors[1::2]
 
 
 def _parts(plan: _Plan, flat: Sequence[Tensor | None]) -> tuple[Any, Any, Any, Any]:

@@ -29,7 +29,8 @@ def gradients(board: Switchboard, chosen: Sequence[ActiveJob], budget: int,
         with failing(job):
             losses[job.name] = [job.backward_alone(i) for i in range(len(job.draw().batches))]
         seconds[job.name] += time.perf_counter() - began
-    pieces = [(job, number) for job in chosen if job.name in shares for number in range(len(job.draw().batches))]
+    pieces = [(job, number) for job in sorted(chosen, key=_width) if job.name in shares
+              for number in range(len(job.draw().batches))]
     sizes = [job.draw().batches[number].tokens for job, number in pieces]
     for members in fill(sizes, budget):
         began = time.perf_counter()
@@ -40,6 +41,11 @@ def gradients(board: Switchboard, chosen: Sequence[ActiveJob], budget: int,
         for i in members:
             seconds[pieces[i][0].name] += spent * sizes[i] / whole
     return losses, seconds
+
+
+def _width(job: ActiveJob) -> int:
+    """What a job's factors are padded to beside its neighbours'; those of like width lie side by side."""
+    return job.job.config.lora.r
 
 
 def _one_pass(board: Switchboard, pieces: Sequence[tuple[ActiveJob, int]], failing: Failing) -> list[float]:

@@ -82,7 +82,8 @@ def test_ranks_together_have_the_figures_of_ranks_alone(tmp_path: Path, shared: 
 
 def test_what_fails_in_a_set_is_a_row_and_the_rest_go_on(tmp_path: Path, shared: dict[str, Any],
                                                          in_this_process: list[list[str]]) -> None:
-    bad = {"nowhere": {"lora": {"r": 2, "target_modules": ["nowhere"]}}, "no rows": {"data": str(tmp_path / "no.jsonl")},
+    bad = {"nowhere": {"lora": {"r": 2, "target_modules": ["nowhere"]}},
+           "no rows": {"data": str(tmp_path / "no.jsonl")},
            "diverges": {"learning_rate": 1e30, "max_grad_norm": 0.0, "schedule": "constant", "warmup_steps": 0}}
     runs = [Run(arm=arm, seed=0, train={**shared, **options}) for arm, options in bad.items()] + ranks(shared, 1, 2)
     outcomes = run_study(tmp_path, runs, lambda _: None, together=True)
