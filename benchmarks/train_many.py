@@ -1,11 +1,14 @@
 """Many adapters together beside the same adapters one after the other, on SmolLM2-135M; and beside peft.
 
-    python benchmarks/train_many.py [--quick] [--only same,mixed,...] [--data FOLDER]
+    python benchmarks/train_many.py [--quick] [--only same,mixed,large,peft,count,nf4,sweep] [--data FOLDER]
 
-Both sides are steps of the same jobs in one process: with a budget of one micro-batch each pass is one adapter's,
-which is what a run alone computes, pass for pass; with the whole budget the adapters share passes. They take turns.
-Losses and gradients of the two must agree. Peak memory is that of a process for each side.
-peft runs one adapter after the other in a loop by hand with a fused AdamW, padded, on the same rows.
+same, mixed, nf4    both sides are steps of the same jobs in one process: with a budget of one micro-batch each pass is
+                    one adapter's, which is what a run alone computes, pass for pass; with the whole budget the adapters
+                    share passes. They take turns. Shared passes must be as near to gradients in float64 as passes alone
+large               a process for each side: eight jobs of 4 x 256 tokens under a budget of 1,024, and one
+peft                eight peft runs in a loop by hand with a fused AdamW, rows of 1 (nothing is padded), the same rows
+count               64 adapters of 16 tokens each beside one of 1,024
+sweep               `deltaw.compare.sweep` over six ranks in one process, and in six; loading and evaluation included
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from train_real import DATA, LR, instructions, peft_loop
 
 import deltaw
 from deltaw import bases
+from deltaw.compare import SweepConfig, sweep
 from deltaw.data import Example, pack
 from deltaw.train import Job, ManyConfig, TrainMany, passes
 from deltaw.train.memory import memory_in_use, peak_memory
@@ -133,24 +137,21 @@ def agree(many: TrainMany, one: int, all_: int) -> bool:
             and tensors["together"] <= 2 * tensors["alone"] and losses <= 1e-6)
 
 
-def compare(base: bases.Base, name: str, loras: list[deltaw.LoraConfig], rows: int, tokens: int, goal: float,
+def compare(base: bases.Base, name: str, loras: list[deltaw.LoraConfig], tokens: int, goal: float,
             repeats: int) -> Case:
-    """Tokens a second of a set against the same jobs one after the other."""
+    """Tokens a second of a set, one row of so many tokens for each, against the same jobs one after the other."""
     with tempfile.TemporaryDirectory() as folder:
-        config = ManyConfig(out=f"{folder}/set", control=False)
-        size, count = rows * tokens, len(loras)
-        with TrainMany(jobs(Path(folder), loras, rows, tokens), config, base=base, quiet=True) as many:
-            rounds(many, size, count)  # after which no gradient is zero
-            equal = agree(many, size, max(1024, size * count) if rows == 1 else 1024)
-            budget = size * count if rows == 1 else 1024
+        config, work = ManyConfig(out=f"{folder}/set", control=False), tokens * len(loras)
+        with TrainMany(jobs(Path(folder), loras, 1, tokens), config, base=base, quiet=True) as many:
+            rounds(many, tokens, len(loras))  # after which no gradient is zero
+            equal = agree(many, tokens, work)
             together, alone = [], []
             for turn in range(repeats + 1):
-                a = seconds(lambda: rounds(many, budget, 1 if budget >= size * count else count))
-                b = seconds(lambda: rounds(many, size, count))
+                a = seconds(lambda: rounds(many, work, 1))
+                b = seconds(lambda: rounds(many, tokens, len(loras)))
                 if turn:
                     together.append(a)
                     alone.append(b)
-    work = size * count
     return Case(name, "tok/s", work / statistics.median(together), work / statistics.median(alone),
                 "one after the other", goal, better="higher", equal=equal)
 
@@ -158,100 +159,162 @@ def compare(base: bases.Base, name: str, loras: list[deltaw.LoraConfig], rows: i
 def many_adapters(base: bases.Base, repeats: int, *, count: int = 64, tokens: int = 1024) -> Case:
     """Step time of 64 adapters with 16 tokens each beside one adapter with all 1,024."""
     lora = deltaw.LoraConfig(r=8, lora_alpha=16)
-    times = {}
-    for number in (1, count):
+    times: dict[int, list[float]] = {1: [], count: []}
+    for number in (1, count, 1):  # one before and one after: the machine's speed drifts
         with tempfile.TemporaryDirectory() as folder:
             made = jobs(Path(folder), [lora] * number, count // number, tokens // count)
             with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
                 rounds(many, tokens, 1)
-                times[number] = statistics.median(seconds(lambda: rounds(many, tokens, 1))
-                                                  for _ in range(repeats))
-        return Case(f"{count} adapters, a step of {tokens} tokens", "s", times[count], times[1], "1 adapter", 1.25)
+                times[number] += [seconds(lambda: rounds(many, tokens, 1)) for _ in range(repeats)]
+    ours, one = (statistics.median(times[number]) for number in (count, 1))
+    return Case(f"{count} adapters, a step of {tokens} tokens", "s", ours, one, "1 adapter", 1.25)
 
 
-def memory(one: bool) -> None:
-    """Print how much a process grows: for one job of 4 x 256 tokens, or for eight under the same budget."""
+def quantized(repeats: int) -> list[Case]:
+    """How often packed weights are unpacked in a step of eight adapters and of one, and what sharing saves."""
+    from deltaw.core.packed import Packed
+
+    base = bases.load_base(MODEL, dtype="fp32", quantize="nf4")
+    lora, plain, count = deltaw.LoraConfig(r=8, lora_alpha=16), Packed.strips, [0]
+
+    def counting(self: Packed, *args: Any) -> Any:
+        count[0] += 1
+        return plain(self, *args)
+
+    Packed.strips = counting  # type: ignore[method-assign]
+    calls, together, alone = {}, [], []
+    try:
+        for number in (1, 8):
+            with tempfile.TemporaryDirectory() as folder:
+                config = ManyConfig(out=f"{folder}/set", control=False)
+                with TrainMany(jobs(Path(folder), [lora] * number, 1, 64), config, base=base, quiet=True) as many:
+                    rounds(many, 512, 1)
+                    count[0] = 0
+                    rounds(many, 512, 1)
+                    calls[number] = count[0]
+                    for _ in range(repeats if number == 8 else 0):
+                        together.append(seconds(lambda: rounds(many, 512, 1)))
+                        alone.append(seconds(lambda: rounds(many, 64, 8)))
+    finally:
+        Packed.strips = plain  # type: ignore[method-assign]
+    return [Case("NF4: weights unpacked in a step of 8 adapters", "times", calls[8], calls[1], "1 adapter", 1.0),
+            Case("NF4: 8 adapters, 1 x 64 tokens, r=8", "tok/s", 512 / statistics.median(together),
+                 512 / statistics.median(alone), "one after the other", 1.6, better="higher")]
+
+
+def child(one: bool) -> None:
+    """Print what a process holds at most, and its speed: of one job of 4 x 256 tokens, or of eight in one budget."""
     base = bases.load_base(MODEL, dtype="fp32")
-    before = memory_in_use()
     with tempfile.TemporaryDirectory() as folder:
         made = jobs(Path(folder), [deltaw.LoraConfig(r=8, lora_alpha=16)] * (1 if one else 8), 4, 256)
         with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
-            rounds(many, 1024, 2 if one else 9)
-    print(json.dumps({"before": before, "peak": peak_memory()}))
+            before = memory_in_use()
+            rounds(many, 1024, 1)
+            count = 3 if one else 8  # the budget holds one job's step: a round is one
+            spent = seconds(lambda: rounds(many, 1024, count))
+            counted = 1024 * many.bytes_per_token
+    print(json.dumps({"peak": peak_memory(), "speed": count * 1024 / spent, "counted": counted, "before": before}))
 
 
-def memory_case() -> Case:
-    """Peak memory of eight jobs beside one, each in a process of its own."""
-    peaks = []
-    for side in ("eight", "one"):
-        out = subprocess.run([sys.executable, __file__, "--memory", side], capture_output=True, text=True, check=True)
-        peaks.append(json.loads(out.stdout.splitlines()[-1])["peak"] / 2**30)
-    return Case("8 adapters, 4 x 256 tokens: peak memory", "GiB", *peaks, "one run", 1.3)
+def large() -> list[Case]:
+    """Eight jobs of 4 x 256 tokens beside one: tokens a second, and peak memory; a process for each side."""
+    found: dict[str, list[dict[str, float]]] = {"one": [], "eight": []}
+    for side in ("one", "eight", "one"):
+        out = subprocess.run([sys.executable, __file__, "--child", side], capture_output=True, text=True, check=True)
+        found[side].append(json.loads(out.stdout.splitlines()[-1]))
+        last = found[side][-1]
+        print(f"    {side}: 1,024 tokens were counted to keep {last['counted'] / 2**30:.2f} GiB; the process grew by "
+              f"{(last['peak'] - last['before']) / 2**30:.2f}", flush=True)
+    (eight,), one = found["eight"], found["one"]
+    return [Case("8 adapters, 4 x 256 tokens, r=8", "tok/s", eight["speed"],
+                 statistics.mean(run["speed"] for run in one), "one run", 1.0, better="higher"),
+            Case("8 adapters, 4 x 256 tokens: peak memory", "GiB", eight["peak"] / 2**30,
+                 max(run["peak"] for run in one) / 2**30, "one run", 1.3)]
 
 
-def against_peft(base: bases.Base, data: Path, steps: int) -> Case:
+def against_peft(data: Path, steps: int) -> list[Case]:
     """Eight adapters of six ranks on real instructions beside eight peft runs, rows of 1."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         instructions(data, folder / "rows.jsonl")
-        made = []
-        for number, rank in enumerate((2, 4, 8, 16, 32, 64, 8, 16)):
-            made.append(deltaw.TrainConfig(
-                model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / f"r{number}"), name=f"r{number}",
-                dtype="fp32", lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=steps, batch_size=1,
-                schedule="constant", warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0,
-                eval_rows=1, seed=number, max_length=256, doctor_steps=2))
-        with TrainMany(made, ManyConfig(out=f"{temporary}/set", control=False, budget_tokens=1024), base=base,
-                       quiet=True) as many:
-            streams = {name: job.session.examples._stream() for name, job in many.jobs.items()}
+        made = [deltaw.TrainConfig(
+            model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / f"r{number}"), name=f"r{number}",
+            dtype="fp32", lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=steps, batch_size=1,
+            schedule="constant", warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0, eval_rows=1,
+            seed=number, max_length=256, doctor_steps=2) for number, rank in enumerate((2, 4, 8, 16, 32, 64, 8, 16))]
+        began = time.perf_counter()
+        with TrainMany(made, ManyConfig(out=f"{temporary}/set", control=False, budget_tokens=1024), quiet=True) as many:
+            streams = {name: job.session.examples.stream() for name, job in many.jobs.items()}
             batches: dict[str, Any] = {n: [next(s) for _ in range(steps)] for n, s in streams.items()}
             for name in batches:
                 many.board.adapter(name).save(folder / "start" / name)
-            began = time.perf_counter()
             result = many.run()
-            ours = time.perf_counter() - began
-            spent = sum(job.result.train_seconds for job in result.jobs.values() if job.result)
+        whole = time.perf_counter() - began
+        spent = sum(job.result.train_seconds for job in result.jobs.values() if job.result)
         curves = {name: [row["loss"] for row in job.result.curve if row["event"] == "step"]
                   for name, job in result.jobs.items() if job.result}
-        theirs, equal = 0.0, True
+        theirs, equal, began = 0.0, True, time.perf_counter()
         for name in batches:
             took, losses = peft_loop(batches[name], folder / "start" / name, torch.float32)
             theirs += took
             equal &= all(abs(a - b) <= 0.01 * b for a, b in zip(curves[name], losses, strict=True))
         tokens = sum(len(e.input_ids) for several in batches.values() for batch in several for e in batch)
-        print(f"    {tokens:,} tokens; ours {spent:.1f} s in steps ({ours:.1f} s with evaluation and files), "
-              f"peft {theirs:.1f} s in steps", flush=True)
-    return Case("8 adapters on real instructions, rows of 1", "tok/s", tokens / spent, tokens / theirs,
-                "eight peft runs", 3.0, better="higher", equal=equal)
+        print(f"    {tokens:,} tokens; ours {spent:.1f} s in steps ({whole:.1f} s with loading, evaluation and files), "
+              f"peft {theirs:.1f} s in steps ({time.perf_counter() - began:.1f} s with loading)", flush=True)
+    return [Case("8 adapters on real instructions, rows of 1", "tok/s", tokens / spent, tokens / theirs,
+                 "eight peft runs", 3.0, better="higher", equal=equal)]
+
+
+def rank_sweep(data: Path, steps: int) -> list[Case]:
+    """A sweep of six ranks on real instructions: one process beside six, everything included."""
+    ranks, spent, figures = (1, 2, 4, 8, 16, 32), {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        instructions(data, folder / "rows.jsonl")
+        for way in ("auto", "off"):
+            train = deltaw.TrainConfig(
+                model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / way), dtype="fp32", max_steps=steps,
+                batch_size=1, warmup_steps=0, schedule="constant", learning_rate=LR, eval_rows=8, eval_every=0,
+                max_length=256, compile="off")
+            config = SweepConfig(train=train, ranks=ranks, seeds=(0,), together=way)  # type: ignore[arg-type]
+            began = time.perf_counter()
+            found = sweep(config, lambda line: print(f"      {line[:110]}", flush=True))
+            spent[way] = time.perf_counter() - began
+            figures[way] = [row.figures["loss"].mean for row in found.rows]
+    worst = max(abs(a - b) / b for a, b in zip(figures["auto"], figures["off"], strict=True))
+    print(f"    held-out losses differ by {worst:.1e} at most", flush=True)
+    return [Case(f"sweep of 6 ranks, {steps} steps each on real instructions", "s", spent["auto"], spent["off"],
+                 "six processes", 0.6, equal=len(figures["off"]) == len(ranks) and worst < 1e-3)]
 
 
 def main() -> int:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--only", default="same,mixed,large,memory,peft,count")
-    parser.add_argument("--memory", choices=["one", "eight"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="same,mixed,large,peft,count,nf4,sweep", help="some of these cases")
+    parser.add_argument("--child", choices=["one", "eight"], help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
-    if args.memory:
-        memory(args.memory == "one")
+    if args.child:
+        child(args.child == "one")
         return 0
     only, repeats = args.only.split(","), 2 if args.quick else 6
-    base = bases.load_base(MODEL, dtype="fp32")
+    base = bases.load_base(MODEL, dtype="fp32") if {"same", "mixed", "count"} & set(only) else None
     same = [deltaw.LoraConfig(r=8, lora_alpha=16)] * 8
     mixed = [deltaw.LoraConfig(r=r, lora_alpha=16, target_modules=t) for r, t in zip(RANKS, TARGETS, strict=True)]
-    todo: dict[str, Callable[[], Case]] = {
-        "same": lambda: compare(base, "8 adapters, 1 x 64 tokens, r=8", same, 1, 64, 1.6, repeats),
-        "mixed": lambda: compare(base, "8 adapters, 1 x 64 tokens, r=1..64, mixed targets", mixed, 1, 64, 1.4, repeats),
-        "large": lambda: compare(base, "8 adapters, 4 x 256 tokens, r=8", same, 4, 256, 1.0, 1 if args.quick else 2),
-        "memory": memory_case,
-        "peft": lambda: against_peft(base, args.data, 3 if args.quick else 6),
-        "count": lambda: many_adapters(base, repeats),
+    todo: dict[str, Callable[[], list[Case]]] = {
+        "same": lambda: [compare(base, "8 adapters, 1 x 64 tokens, r=8", same, 64, 1.6, repeats)],
+        "mixed": lambda: [compare(base, "8 adapters, 1 x 64 tokens, r=1..64, mixed targets", mixed, 64, 1.4, repeats)],
+        "large": large,
+        "peft": lambda: against_peft(args.data, 3 if args.quick else 8),
+        "count": lambda: [many_adapters(base, 2 if args.quick else 3)],
+        "nf4": lambda: quantized(2 if args.quick else 3),
+        "sweep": lambda: rank_sweep(args.data, 4 if args.quick else 10),
     }
     cases = []
     for name in only:
         print(f"  {name} ...", flush=True)
-        cases.append(todo[name]())
+        cases += todo[name]()
     return report("train_many", cases) and 0
 
 

@@ -11,7 +11,8 @@ from deltaw.compare.config import CompareConfig
 from deltaw.errors import TrainingError
 
 EPILOG = """\
-Each run is a process of its own and is not done again: the same command goes on where it was stopped.
+LoRA runs train together in one process, others in one each. None is done again: the same command goes on where it
+was stopped.
 
   deltaw compare --model my/base --data train.jsonl --test test.jsonl --out studies/mine --metrics exact_match
   deltaw compare --config study.toml --methods lora,full,bitfit,adapter-h --seeds 0,1,2

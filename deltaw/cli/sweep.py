@@ -12,7 +12,8 @@ from deltaw.compare.config import SweepConfig
 from deltaw.errors import TrainingError
 
 EPILOG = """\
-Each run is a process of its own and is not done again: the same command goes on where it was stopped.
+LoRA runs train together in one process, others in one each. None is done again: the same command goes on where it
+was stopped.
 
   deltaw sweep --model my/base --data train.jsonl --out studies/ranks --ranks 1,2,4,8,64 --targets q_proj,q_proj+v_proj
   deltaw sweep --config study.toml --budget 500000 --targets q_proj,v_proj,q_proj+v_proj,all-linear

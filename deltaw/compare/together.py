@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deltaw.bases import Base
-from deltaw.compare.study import Outcome, Run
+from deltaw.compare.study import Outcome, Run, told
 from deltaw.compare.worker import config_of, judged, outcome_of, reason_of, trained_before
 from deltaw.errors import DeltawError
 from deltaw.inject import find_sites, resolve
@@ -48,7 +48,7 @@ def do_together(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
         if before is not None:
             results[place] = before
     base: Base | None = None
-    jobs = {place: Job(config=config) for place, config in named(configs).items() if place not in results}
+    jobs = {place: Job(config=config) for place, config in named(configs, runs).items() if place not in results}
     for members in portions(jobs):
         base, ended = train_set(members, base)
         for place, end in ended.items():
@@ -65,9 +65,10 @@ def do_together(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
         yield place, outcome
 
 
-def named(configs: Mapping[Path, TrainConfig]) -> dict[Path, TrainConfig]:
-    """The configs with a name for each adapter."""
-    return {place: replace(config, name=f"run-{number}") for number, (place, config) in enumerate(configs.items(), 1)}
+def named(configs: Mapping[Path, TrainConfig], runs: Mapping[Path, Run]) -> dict[Path, TrainConfig]:
+    """The configs with a name for each adapter, as the log's table shows it."""
+    return {place: replace(config, name=f"{number} {told(runs[place])}".replace(".", "_"))
+            for number, (place, config) in enumerate(configs.items(), 1)}
 
 
 def portions(jobs: Mapping[Path, Job]) -> Iterator[dict[Path, Job]]:

@@ -51,7 +51,7 @@ class JobsTable:
             self._live.update(table_of(rows), refresh=True)
         else:
             for row in rows:
-                print("  ".join(cell for cell in row if cell), file=sys.stderr, flush=True)
+                print(line_of(row), file=sys.stderr, flush=True)
 
 
 def row_of(job: ActiveJob) -> tuple[str, ...]:
@@ -62,8 +62,8 @@ def row_of(job: ActiveJob) -> tuple[str, ...]:
     done = state.step - job.begun_at
     to_go = f"{spent / done * (steps - state.step):,.0f} s" if done else ""
     held = "  ".join(f"{name} {value:.4g}" for name, value in job.figures.items())
-    return (job.name, job.status, f"{state.step}/{steps}", "" if job.loss is None else f"loss {job.loss:.4f}", held,
-            f"{speed:,.0f} tokens/s" if speed else "", to_go)
+    return (job.name, job.status, f"{state.step}/{steps}", "" if job.loss is None else f"{job.loss:.4f}", held,
+            f"{speed:,.0f}" if speed else "", to_go)
 
 
 def ended_row(result: JobResult) -> tuple[str, ...]:
@@ -71,6 +71,15 @@ def ended_row(result: JobResult) -> tuple[str, ...]:
     figures = {} if result.result is None else result.result.after
     held = "  ".join(f"{name} {value:.4g}" for name, value in figures.items()) or result.error.split("\n")[0]
     return result.name, result.status, f"{result.steps}/{result.planned_steps}", "", held, "", ""
+
+
+def line_of(row: tuple[str, ...]) -> str:
+    """A row as a line of its own, where no heading says what a figure is."""
+    name, status, step, loss, held, speed, to_go = row
+    said = (name, status, f"step {step}", loss and f"loss {loss}",
+            held if status == "failed" else held and f"held-out {held}", speed and f"{speed} tokens/s",
+            to_go and f"{to_go} to go")
+    return "  ".join(filter(None, said))
 
 
 def table_of(rows: Iterable[tuple[str, ...]]) -> Any:

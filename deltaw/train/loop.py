@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,6 +50,11 @@ class Run:
         self.doctor.start()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All that is trained."""
+        return list(self.tuning.parameters().values())
+
     @property
     def is_done(self) -> bool:
         """Whether all steps are done, or patience is out."""
@@ -63,13 +69,14 @@ class Run:
 
     def settle(self, drawn: Draw, losses: Sequence[float], seconds: Callable[[], float]) -> None:
         """Take the step whose gradients are there: check, clip, update, count, watch, evaluate."""
-        parameters, pace, state = list(self.tuning.parameters().values()), self.pace, self.state
+        parameters, pace, state = self.parameters, self.pace, self.state
         self.doctor.check_loss(state.step + 1, losses, [batch.where for batch in drawn.batches])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         rate = pace.rate(state.step)
         self.doctor.check_gradients(state.step + 1, rate, float(norm))
 
-        torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm or math.inf, norm)
+        if 0.0 < pace.max_grad_norm < float(norm) + 1e-6:  # torch's own term: a shorter gradient is multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm, norm)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

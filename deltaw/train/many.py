@@ -31,9 +31,8 @@ from deltaw.train.cross_entropy import STRETCH_VALUES
 from deltaw.train.foresight import check_weights
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.job import ActiveJob, BaseFigures, Job, JobResult
-from deltaw.train.job_checks import Loader, check_jobs, load_jobs
+from deltaw.train.job_checks import Loader, check_jobs, load_jobs, of_job
 from deltaw.train.jobs_record import Record
-from deltaw.train.joint import Piece, draws_in_training, why_apart
 from deltaw.train.many_config import ManyConfig
 from deltaw.train.many_result import ManyResult
 from deltaw.train.objective import CausalLoss
@@ -41,6 +40,7 @@ from deltaw.train.passes import gradients
 from deltaw.train.prepare import Choices, Preparation
 from deltaw.train.run import TASK_TYPES, own_surroundings, parameters_in
 from deltaw.train.scheduler import Scheduler
+from deltaw.train.sharing import Sharing
 from deltaw.train.tuning import LoraTuning
 
 
@@ -76,7 +76,6 @@ class TrainMany:
         self.lines: list[str] = []
         self.scheduler = Scheduler(config.budget_tokens)
         self._base_bits: Mapping[str, int] | None = None
-        self._tried: dict[object, str] = {}
 
     # -- from nothing to the first round -----------------------------------------------------------------------------
 
@@ -106,7 +105,10 @@ class TrainMany:
         self.shared = BaseFigures(parameters=parameters_in(self.base))
         self.loader = Loader(self.base)
         for job in todo:
-            self._attach(job)
+            try:
+                self._attach(job)
+            except DeltawError as error:
+                raise type(error)(*of_job(job, error)) from error
         first = todo[0]
         objective = first.objective if isinstance(first.objective, CausalLoss) else \
             CausalLoss() if first.config.task == "causal-lm" else None
@@ -118,6 +120,7 @@ class TrainMany:
                                                 tuning, objective, 1)
                 self.choices = stack.enter_context(self._preparation.applied(self.record.choices))
         self.lines += self.choices.lines
+        self.sharing = Sharing(self.base, self.board, packed=self.choices.packed)
         for job in todo:
             self._activate(job, examples[job.name])
         self._fit_memory()
@@ -140,7 +143,7 @@ class TrainMany:
         self.jobs[job.name] = active
         self.scheduler.join(job.name, job.priority)
         try:
-            active.why_apart = self._why_apart(active)
+            active.why_apart = self.sharing.why_apart(active, self.jobs.values())
             batches = None if job.batches is None else job.batches(self.base)
             # A frozen A, or a weight of its own, is part of what this job alone must leave as it is.
             shares = not (job.config.freeze_a or job.config.lora.starts_from_weights)
@@ -152,29 +155,6 @@ class TrainMany:
             self._fail(active, error)
         if active.why_apart:
             self.lines.append(f"job '{job.name}' has passes of its own: {active.why_apart}")
-
-    def _why_apart(self, active: ActiveJob) -> str:
-        """Why a job cannot share passes; "" where a trial shows that it can."""
-        objective, config = active.session.objective, active.job.config
-        if type(objective) is not CausalLoss or objective.every_position:
-            return "only language models with the usual loss share passes"
-        if not self.choices.packed:
-            return "its examples cannot lie end to end on this base"
-        redraws = config.lora.lora_dropout > 0 and config.gradient_checkpointing != "off"
-        layers = (redraws, config.lora.init_lora_weights,
-                  *((target.site.kind, target.site.name) for target in self.board.table(active.name)))
-        if layers in self._tried:  # another adapter on the same layers was tried
-            return self._tried[layers]
-        with self._only(active.name):
-            inputs = active.session.examples.first_batch(self.base).inputs
-        if not hasattr(self, "_base_draws"):
-            self._base_draws = draws_in_training(self.board, inputs)
-        if self._base_draws:
-            return "the base draws random numbers in training"
-        piece = Piece(active.name, inputs, objective, 1)
-        other = next((job.name for job in self.jobs.values() if job is not active), None)
-        self._tried[layers] = why_apart(self.board, piece, replace(piece, name=other), redraws=redraws)
-        return self._tried[layers]
 
     def _fit_memory(self) -> None:
         """Count what a token keeps for the backward pass, and lower the budget to the memory that there is."""

@@ -28,9 +28,13 @@ def test_compare_trains_judges_and_goes_on_where_it_stopped(deltaw: Deltaw, base
     assert code == 0, log
     assert "lora" in text
     assert "n/a" in text  # a Llama has no biases
+    assert "2 runs together: lora, seed 0; lora, seed 1" in log
+    assert "MiB (2 runs)" in text
+    assert "--together off measures each alone" in text
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "does not apply" in page
     assert "Table 3" in page
+    assert "* of runs that trained in one process" in page
     code, text, log = deltaw(*command, "--json")
     assert code == 0
     assert log.count("done before") == 3  # the method that does not apply is not asked again either
@@ -62,6 +66,9 @@ def test_options_of_the_runs_stand_beside_those_of_the_study(tmp_path: Path) -> 
     assert (config.methods, config.seeds, config.train.epochs) == (("lora", "bitfit"), (7,), 2.0)
     assert (config.train.lora.r, config.train.lora.lora_alpha) == (4, 9)
     assert config.arms == {"small": {"lora": {"r": 1}}}
+    assert config.together == "auto"
+    options = compare_verb.parser().parse(["--config", str(file), "--together", "off"])
+    assert study_config(options, CompareConfig).together == "off"
 
 
 def test_faults_of_a_study_name_the_option(deltaw: Deltaw) -> None:

@@ -175,7 +175,7 @@ def test_adapters_beyond_the_memory_take_turns(tmp_path: Path, shared: dict[str,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     place = {run.place: run for run in ranks(shared, 1, 2, 4, 1)}
     configs = {p: together.config_of(run, tmp_path) for p, run in place.items()}
-    jobs = {p: together.Job(config=config) for p, config in together.named(configs).items()}
+    jobs = {p: together.Job(config=config) for p, config in together.named(configs, place).items()}
     per_rank = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))  # layers · Σ (I + O), as in test_worker
     room = 4 * per_rank * together.BYTES_PER_VALUE / together.SHARE_OF_MEMORY
     monkeypatch.setattr(together, "available_memory", lambda: int(room))

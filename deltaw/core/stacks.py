@@ -1,0 +1,88 @@
+"""Low-rank products of equally long segments as batched ones, over factors stacked and padded to the largest rank.
+
+    H = s·(x Aᵀ)      y += H Bᵀ      dH = s·(g B)      dx += dH A,  dA = dHᵀ x,  dB = gᵀ H        for each segment
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Pairs = Sequence[Sequence[tuple[int, float]]]
+"""For each segment the projections that its adapter changes, with their scales."""
+
+
+class Stacks:
+    """Factors of N segments over P projections of one input: A (N, P·R, I), and B (N, O, R) of each projection."""
+
+    def __init__(self, pairs: Pairs, outputs: Sequence[int], factors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """`factors` are A, B of each segment's projections in turn."""
+        self.pairs, self.outputs, self.count = pairs, outputs, len(pairs)
+        self.ranks = [A.shape[0] for A in factors[::2]]
+        self.width = max(self.ranks)
+        A, B = ([factor.to(dtype) for factor in factors[first::2]] for first in (0, 1))
+        projections = len(outputs)
+        self.full = len(A) == self.count * projections and min(self.ranks) == self.width
+        """Whether nothing is padded: every segment has every projection, all of one rank."""
+        if self.full:
+            self.A_NPRI = torch.cat(A).view(self.count, projections * self.width, -1)
+            self.B = [torch.stack(B[i::projections]) for i in range(projections)]
+        else:
+            self.A_NPRI, self.B = self._padded(A, B)
+        scales = [scale for part in pairs for _, scale in part]
+        self.scale: float | Tensor = scales[0] if len(set(scales)) == 1 else self._by_column()
+
+    def _padded(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        A_NPRI = A[0].new_zeros(self.count, len(self.outputs) * self.width, A[0].shape[1])
+        B_NOR = [B[0].new_zeros(self.count, outputs, self.width) for outputs in self.outputs]
+        for n, i, _, at in self._places():
+            first = i * self.width
+            A_NPRI[n, first:first + self.ranks[at]] = A[at]
+            B_NOR[i][n, :, :self.ranks[at]] = B[at]
+        return A_NPRI, B_NOR
+
+    def _by_column(self) -> Tensor:
+        """The scales (N, 1, P·R) of the columns of H."""
+        scales = [[0.0] * len(self.outputs) for _ in self.pairs]
+        for n, i, scale, _ in self._places():
+            scales[n][i] = scale
+        return self.A_NPRI.new_tensor(scales).repeat_interleave(self.width, 1).unsqueeze(1)
+
+    def _places(self) -> Iterator[tuple[int, int, float, int]]:
+        """Segment, projection, scale and number of each pair of factors."""
+        at = 0
+        for n, part in enumerate(self.pairs):
+            for i, scale in part:
+                yield n, i, scale, at
+                at += 1
+
+    def forward(self, x_TI: Tensor, y: Sequence[Tensor]) -> Tensor:
+        """Add every change to y in place; returns H (N, S, P·R)."""
+        h_NSR = torch.bmm(self._by_segment(x_TI), self.A_NPRI.transpose(1, 2)).mul_(self.scale)
+        for y_TO, h, B_NOR in zip(y, torch.split(h_NSR, self.width, 2), self.B, strict=True):
+            self._by_segment(y_TO).baddbmm_(h, B_NOR.transpose(1, 2))
+        return h_NSR
+
+    def backward(self, x_TI: Tensor, h_NSR: Tensor, g: Sequence[Tensor | None],
+                 dx_TI: Tensor | None) -> list[Tensor | None]:
+        """dA and dB of every pair in turn; what reaches x is added to `dx_TI`."""
+        x_NSI = self._by_segment(x_TI)
+        g_N = [None if g_TO is None else self._by_segment(g_TO) for g_TO in g]
+        H = torch.split(h_NSR, self.width, 2)
+        dh_NSR = torch.cat([torch.zeros_like(h) if g_NSO is None else torch.bmm(g_NSO, B_NOR)
+                            for g_NSO, h, B_NOR in zip(g_N, H, self.B, strict=True)], 2).mul_(self.scale)
+        if dx_TI is not None:
+            self._by_segment(dx_TI).baddbmm_(dh_NSR, self.A_NPRI)
+        dA_NRI = torch.bmm(dh_NSR.transpose(1, 2), x_NSI)
+        dB = [None if g_NSO is None else torch.bmm(g_NSO.transpose(1, 2), h) for g_NSO, h in zip(g_N, H, strict=True)]
+        grads: list[Tensor | None] = []
+        for n, i, _, at in self._places():
+            dB_NOR, rank, first = dB[i], self.ranks[at], i * self.width
+            grads += (None, None) if dB_NOR is None else (dA_NRI[n, first:first + rank], dB_NOR[n, :, :rank])
+        return grads
+
+    def _by_segment(self, rows: Tensor) -> Tensor:
+        """(T, ...) as (N, S, ...)."""
+        return rows.view(self.count, -1, rows.shape[1])
