@@ -159,10 +159,12 @@ class _GroupedLinear(torch.autograd.Function):
         y = [x_TI.new_zeros(len(x_TI), outputs) if W_OI is None else product(x_TI, W_OI, bias)
              for W_OI, bias, outputs in zip(W, b, plan.outputs, strict=True)]
         H = []
+        ctx.stacks = {}  # made once, and there until the backward pass: as large as the adapters of this pass
         for first, stop in plan.runs:
             rows, own = plan.of_run(first, stop, factors)
             if stop - first > 1:
-                H.append(plan.stacks(first, stop, own, x.dtype).forward(x_TI[rows], [y_TO[rows] for y_TO in y]))
+                ctx.stacks[first] = plan.stacks(first, stop, own, x.dtype)
+                H.append(ctx.stacks[first].forward(x_TI[rows], [y_TO[rows] for y_TO in y]))
                 continue
             A, B = _factors(own, x.dtype)
             H.append(_dropped(x_TI[rows], keep[first], plan.kept[first]) @ _cat(A).t())
@@ -190,8 +192,12 @@ class _GroupedLinear(torch.autograd.Function):
             rows, own = plan.of_run(first, stop, factors)
             of_run = x_TI[rows], h, [None if g_TO is None else g_TO[rows] for g_TO in g], \
                 None if dx_TI is None else dx_TI[rows]
-            found += plan.stacks(first, stop, own, x.dtype).backward(*of_run) if stop - first > 1 else \
-                _one_segment(*of_run, *_factors(own, x.dtype), plan.parts[first], keep[first], plan.kept[first])
+            if stop - first > 1:  # let go of at once; a second backward pass makes them again
+                stacks = ctx.stacks.pop(first, None) or plan.stacks(first, stop, own, x.dtype)
+                found += stacks.backward(*of_run)
+            else:
+                A, B = _factors(own, x.dtype)
+                found += _one_segment(*of_run, A, B, plan.parts[first], keep[first], plan.kept[first])
         wanted = ctx.needs_input_grad[plan.first:]
         nothing[plan.first:] = [None if grad is None or not want else grad.to(factor.dtype)
                                 for grad, want, factor in zip(found, wanted, factors, strict=True)]

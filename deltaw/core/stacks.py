@@ -77,6 +77,15 @@ class Stacks:
             self._by_segment(dx_TI).baddbmm_(dh_NSR, self.A_NPRI)
         dA_NRI = torch.bmm(dh_NSR.transpose(1, 2), x_NSI)
         dB = [None if g_NSO is None else torch.bmm(g_NSO.transpose(1, 2), h) for g_NSO, h in zip(g_N, H, strict=True)]
+        return self._each(dA_NRI, dB)
+
+    def _each(self, dA_NRI: Tensor, dB: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients pair by pair, without what is padded."""
+        if self.full:  # with a thousand pairs in a step it tells whether Python cuts them or torch does
+            of_B = [[None] * self.count if dB_NOR is None else dB_NOR.unbind() for dB_NOR in dB]
+            of_A = dA_NRI.view(self.count * len(dB), self.width, -1).unbind()
+            of_both = zip(of_A, (dB_OR for part in zip(*of_B, strict=True) for dB_OR in part), strict=True)
+            return [grad for dA, dB_OR in of_both for grad in ((None, None) if dB_OR is None else (dA, dB_OR))]
         grads: list[Tensor | None] = []
         for n, i, _, at in self._places():
             dB_NOR, rank, first = dB[i], self.ranks[at], i * self.width

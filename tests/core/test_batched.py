@@ -96,6 +96,31 @@ def test_nan_in_one_segment_stays_there(stacked: bool, monkeypatch: pytest.Monke
     assert bool(dx[8:].isfinite().all())
 
 
+def test_neighbours_of_like_rank_and_length_are_stacked_and_padding_ends_a_run() -> None:
+    def runs(ranks: Sequence[int], lengths: Sequence[int], **more: float) -> list[tuple[int, int]]:
+        groups, start = [], 0
+        for rank, length in zip(ranks, lengths, strict=True):
+            factors = Factors(torch.ones(rank, 6), torch.ones(5, rank), 1.0)
+            groups.append(Group(start, start + length, [factors], **more))
+            start += length
+        return batched._Plan(groups, layers(6, (5,))).runs
+
+    assert runs((2, 2, 3, 4), (4, 4, 4, 4)) == [(0, 4)]
+    assert runs((1, 1, 16, 16), (4, 4, 4, 4)) == [(0, 2), (2, 4)]  # 16 for 1, 1 and 16 is 2.7 times their size
+    assert runs((2, 2, 2, 2), (4, 4, 5, 4)) == [(0, 2), (2, 3), (3, 4)]
+    assert runs((2, 2), (4, 4), dropout=0.1) == [(0, 1), (1, 2)]
+    assert runs((2,), (4,)) == [(0, 1)]
+
+
+def test_a_second_backward_pass_gives_the_same() -> None:
+    x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    groups = groups_of((4, 4, 4), 6, (5, 3))
+    y = sum(t.square().sum() for t in grouped_linear(x, layers(6, (5, 3)), groups))
+    first = torch.autograd.grad(y, [x, *tensors(groups)], retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y, [x, *tensors(groups)]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_dropout_is_each_segments_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn as a run alone draws it: the neighbours' lengths and draws do not matter."""
     def output(before: int) -> Tensor:
