@@ -19,11 +19,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from deltaw.store.atomic import replace_text
+from deltaw.train.config import TrainConfig
 from deltaw.train.job_checks import SHARED as SHARED_BY_JOBS
 
 RUNS, SPEC, OUTCOME, LOG, TUNED = "runs", "run.json", "outcome.json", "log.txt", "adapter"
@@ -176,12 +177,28 @@ def _prepared(folder: Path, run: Run) -> Path:
     """The run's folder, with what to do; what another run left there is gone."""
     place = folder / run.place
     spec = place / SPEC
-    wanted = json.dumps(asdict(run) | {"identity": run.identity}, indent=2, sort_keys=True)
-    if not spec.is_file() or spec.read_text(encoding="utf-8") != wanted:
+    if recorded_identity(place, run) is None:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        replace_text(spec, wanted)
+        replace_text(spec, json.dumps(asdict(run) | {"identity": run.identity}, indent=2, sort_keys=True))
     return place
+
+
+def recorded_identity(place: Path, run: Run) -> str | None:
+    """The identity under which this very run stands in its folder; None where another run or none does.
+
+    It may be older than some options of a run, which then have to be what they are by default.
+    """
+    try:
+        recorded = json.loads((place / SPEC).read_text(encoding="utf-8"))
+        then, identity = recorded["train"].keys(), str(recorded["identity"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    usual = {field.name: field.default for field in fields(TrainConfig)}
+    if any(name not in usual or usual[name] != run.train[name] for name in run.train.keys() - then):
+        return None
+    older = replace(run, train={name: value for name, value in run.train.items() if name in then})
+    return identity if older.identity == identity else None
 
 
 def _process(log: Path, places: Sequence[Path]) -> int:
@@ -209,7 +226,7 @@ def read_outcome(folder: Path, run: Run) -> Outcome | None:
         outcome = Outcome(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return outcome if outcome.identity == run.identity else None
+    return outcome if outcome.identity in (run.identity, recorded_identity(folder / run.place, run)) else None
 
 
 def write_outcome(place: Path, outcome: Outcome) -> None:

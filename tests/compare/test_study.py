@@ -52,6 +52,21 @@ def test_another_option_is_another_run(tmp_path: Path, executed: list[tuple[str,
     assert executed == [("lora", 0), ("lora", 0)]
 
 
+def test_a_study_from_before_there_was_an_option_goes_on(tmp_path: Path) -> None:
+    """An option that came later leaves a run what it was, as long as it is left at its default."""
+    before = Run(arm="lora", seed=0, train={"model": "m", "learning_rate": 1e-3})
+    place = study._prepared(tmp_path, before)
+    write_outcome(place, Outcome(identity=before.identity, status="done", figures={"loss": 1.0}))
+    now = dataclasses.replace(before, train={**before.train, "doctor_steps": 3})
+    assert read_outcome(tmp_path, now) == read_outcome(tmp_path, before)
+    assert study._prepared(tmp_path, now) == place
+    assert (place / study.OUTCOME).is_file()
+    for other in ({"doctor_steps": 4}, {"doctor_steps": 3, "learning_rate": 2e-3}, {"unheard_of": None}):
+        assert read_outcome(tmp_path, dataclasses.replace(before, train={**before.train, **other})) is None
+    study._prepared(tmp_path, dataclasses.replace(before, train={**before.train, "doctor_steps": 4}))
+    assert not (place / study.OUTCOME).exists()
+
+
 def test_a_damaged_outcome_is_no_outcome(tmp_path: Path, executed: list[tuple[str, int]]) -> None:
     run_study(tmp_path, RUNS[:1], lambda _: None)
     (tmp_path / RUNS[0].place / study.OUTCOME).write_text('{"identity": "half', encoding="utf-8")
