@@ -210,8 +210,8 @@ def child(one: bool) -> None:
         made = jobs(Path(folder), [deltaw.LoraConfig(r=8, lora_alpha=16)] * (1 if one else 8), 4, 256)
         with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
             before = memory_in_use()
-            rounds(many, 1024, 1)
-            count = 3 if one else 8  # the budget holds one job's step: a round is one
+            rounds(many, 1024, 2 if one else 16)  # the budget holds one job's step; after two the doctor is content
+            count = 3 if one else 8
             spent = seconds(lambda: rounds(many, 1024, count))
             counted = 1024 * many.bytes_per_token
     print(json.dumps({"peak": peak_memory(), "speed": count * 1024 / spent, "counted": counted, "before": before}))
@@ -310,7 +310,7 @@ def main() -> int:
         "peft": lambda: against_peft(args.data, 3 if args.quick else 8),
         "count": lambda: [many_adapters(base, 2 if args.quick else 3)],
         "nf4": lambda: quantized(2 if args.quick else 3),
-        "sweep": lambda: rank_sweep(args.data, 4 if args.quick else 10),
+        "sweep": lambda: rank_sweep(args.data, 6 if args.quick else 12),
     }
     cases = []
     for name in only:
