@@ -59,13 +59,19 @@ class Run:
     stored: str = "fp32"
     targets: str = "all-linear"
     optimizer: str = "adamw"
+    method: str = "lora"
+    quantize: str = "none"
     seen: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        extras = [f"r{self.rank}", self.dtype, *([] if self.checkpointing == "off" else [self.checkpointing]),
-                  *([] if self.packing == "auto" else ["padded"]), *([] if self.targets == "all-linear" else ["q,v"])]
+        kind = f"r{self.rank}" if self.method == "lora" else self.method
+        number = self.dtype if self.dtype == self.stored else f"{self.dtype} of {self.stored}"
+        words = {kind: True, number: True, self.quantize: self.quantize != "none",
+                 self.checkpointing: self.checkpointing != "off", "padded": self.packing != "auto",
+                 "q,v": self.targets != "all-linear", self.optimizer: self.optimizer != "adamw"}
+        extras = [word for word, said in words.items() if said]
         return f"{'*' if self.seen else ' '}{self.shape} {self.batch} x {self.length} {' '.join(extras)}"
 
     @property
@@ -98,7 +104,14 @@ RUNS = (
     Run(shape="gpt2", batch=8, length=128, checkpointing="layer"),
     Run(shape="bert-s", batch=16, length=128), Run(shape="bert-s", batch=32, length=64),
     Run(shape="bert-m", batch=4, length=256), Run(shape="bert-m", batch=16, length=128, rank=32),
-    Run(shape="smollm2", batch=4, length=256), Run(shape="smollm2", batch=8, length=128),
+    Run(shape="llama-s", batch=4, length=256, quantize="nf4"), Run(shape="qwen", batch=2, length=256, quantize="nf4"),
+    Run(shape="llama-m", batch=2, length=256, quantize="nf4", checkpointing="layer"),
+    Run(shape="llama-m", batch=2, length=256, quantize="int8"),
+    Run(shape="llama-s", batch=4, length=256, method="full"), Run(shape="bert-m", batch=8, length=128, method="full"),
+    Run(shape="llama-s", batch=4, length=256, method="adapter-h"),
+    Run(shape="llama-s", batch=4, length=256, method="preembed"),
+    Run(shape="bert-m", batch=8, length=128, method="bitfit"),
+    Run(shape="smollm2", batch=4, length=256),
     Run(shape="smollm2", batch=2, length=512, checkpointing="layer"),
 )
 
@@ -135,7 +148,9 @@ def options_of(run: Run, model: str, root: Path) -> dict[str, Any]:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     lora = {"r": run.rank, "target_modules": run.targets if run.targets == "all-linear" else run.targets.split(",")}
     return {"model": model, "data": str(data), "out": str(root / "out" / run.slug), "task": run.task,
-            "max_length": run.length, "batch_size": run.batch, "dtype": run.dtype, "max_steps": 4, "eval_rows": 8,
+            "max_length": run.length, "batch_size": run.batch, "dtype": run.dtype, "max_steps": 3, "eval_rows": 8,
+            "eval_every": 0, "save_every": 2,
+            "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
             "optimizer": run.optimizer, "learning_rate": 1e-4, "schedule": "constant", "warmup_ratio": 0.0}
 
@@ -158,10 +173,16 @@ def status(name: str) -> float:
 
 def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
     """What the plan says of the run."""
+    from deltaw.baselines.config import BaselineConfig
     from deltaw.plan import PlanConfig, plan
 
+    baseline, quantize = BaselineConfig(), options["quantize"]
+    method = options["method"] if quantize == "none" else "qlora"
     return plan(PlanConfig(
-        model=options["model"], task=options["task"], lora=options["lora"], methods=("lora",),
+        model=options["model"], task=options["task"], lora=options["lora"], methods=(method,),
+        quantize="nf4" if quantize == "none" else quantize,
+        max_new_tokens=options["max_new_tokens"], virtual_tokens=baseline.prefix_tokens,
+        bottleneck=baseline.bottleneck,
         batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"], device="cpu",
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
         optimizer=options["optimizer"]), search=False, calibrates=calibrates).methods[0]
@@ -187,6 +208,14 @@ def idle() -> float:
     return float(done.stdout.split()[-1]) * 1024
 
 
+def kept_idle(root: Path) -> float:
+    """`idle`, measured once for each folder."""
+    file = root / "idle.json"
+    if not file.is_file():
+        file.write_text(json.dumps(idle()), encoding="utf-8")
+    return float(json.loads(file.read_text(encoding="utf-8")))
+
+
 def summary(rows: list[dict[str, Any]]) -> list[Any]:
     """The cases of the report: median and worst error, of those that no constant was set on and of all."""
     from pairs import Case
@@ -210,8 +239,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="six cases")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--exact", help="the case of this name")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first, and judge times")
     parser.add_argument("--keep", help="folder for bases and results; what is there is not measured again")
+    parser.add_argument("--measure", action="store_true", help="measure and keep, plan nothing")
     parser.add_argument("--replan", action="store_true", help="plan the kept runs only, measure nothing")
     parser.add_argument("--child")
     args = parser.parse_args()
@@ -221,14 +252,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(args.keep or scratch)
         root.mkdir(parents=True, exist_ok=True)
-        chosen = [run for run in RUNS if args.only in run.name]
+        chosen = [run for run in RUNS if args.only in run.name and args.exact in (None, run.name.strip("* "))]
         chosen = chosen[:12:2] if args.quick else chosen
-        rows, rest, calibrates = [], idle(), args.calibrate
+        rows, rest, calibrates = [], kept_idle(root), args.calibrate
         for run in chosen:
             kept = root / f"result-{hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]}.json"
             if args.replan and not kept.is_file():
                 continue
             options = options_of(run, folder_of(run, root), root)
+            if args.measure:
+                kept.write_text(json.dumps(measured(options)), encoding="utf-8")
+                continue
             said = planned(options, calibrates=calibrates)
             calibrates = calibrates and said.step_seconds is None
             real = json.loads(kept.read_text()) if kept.is_file() else measured(options)
@@ -243,6 +277,8 @@ def main() -> int:
                                                           f"{row['error_seconds']:+6.1%}")
             print(f"{run.name:42} planned {said.peak / MIB:6.0f} MiB, took {real['peak'] / MIB:6.0f}: "
                   f"{row['error']:+6.1%} ({row['error_above_idle']:+6.1%} above idle){timed}", flush=True)
+        if args.measure:
+            return 0
         (root / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
         return report("plan_accuracy", summary(rows)) and 0
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.bases.heads import head_modules
+from deltaw.bases.quantize import linear_layers
 from deltaw.inject import Target
 from deltaw.plan import counts, memory
 from deltaw.plan.calibrate import Rates
@@ -90,8 +92,10 @@ class Setting:
     def linears(self) -> list[int]:
         """Sizes of the matrices that a quantizer takes: linear layers that are no output layer."""
         model: Any = self.model
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head] or [0]
+        heads = head_modules(model)
+        output = model.get_output_embeddings()
+        return [layer.weight.numel() for name, layer in linear_layers(model).items() if layer is not output
+                and not any(name == head or name.startswith(head + ".") for head in heads)] or [0]
 
 
 class Forecast:
@@ -169,15 +173,15 @@ class Forecast:
         if phase == "merge":
             return memory.merging(sizes, memory.FRAMEWORK_CPU)
         if phase == "load":
-            return memory.loading(sizes, config, self.method, item, framework)
+            return memory.loading(sizes, config, self.method, item, framework, gpu=setting.gpu)
         if phase == "save":
-            return memory.saving(sizes, config, self.method, item, framework)
+            return memory.saving(sizes, config, self.method, item, framework, gpu=setting.gpu)
         step = setting.steps.at(self.method, config.batch_size, config.max_length)
         share = at.batch * at.length / config.tokens
         if phase == "evaluate":
             cache = 2 * setting.dims.layers * setting.dims.keys * item * at.batch * (at.length + config.max_new_tokens)
             return memory.evaluation(sizes, config, self.method, item, framework, forward=step.forward * share,
-                                     cache=float(cache), batch=at.batch, length=at.length)
+                                     cache=float(cache), batch=at.batch, length=at.length, gpu=setting.gpu)
         return memory.training(sizes, config, self.method, item, framework, kept=self.kept(at),
                                over=step.over * share, batch=at.batch, length=at.length, gpu=setting.gpu)
 

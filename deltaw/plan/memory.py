@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from deltaw.core.packed import STRIP
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
@@ -83,12 +84,16 @@ class Sizes:
     """Whether its weights on disk have another format than the one it is computed in."""
 
 
-def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int) -> tuple[float, float]:
-    """Bytes of the frozen base as this method holds it, and of the buffer that one layer is dequantized into."""
+def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *, gpu: bool) -> tuple[float, float]:
+    """Bytes of the frozen base as this method holds it, and of the buffer that one layer is unpacked into.
+
+    A CPU unpacks strips of a layer, a GPU whole layers (`deltaw.core.packed`).
+    """
     if method != "qlora" or config.quantize == "none":
         return sizes.weights, 0.0
     packed = sizes.matrices * BITS[config.quantize] / 8
-    return sizes.weights - sizes.matrices * item + packed, sizes.largest * item
+    buffer = sizes.largest if gpu else min(sizes.largest, STRIP)
+    return sizes.weights - sizes.matrices * item + packed, buffer * item
 
 
 def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool) -> float:
@@ -96,11 +101,12 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     if config.task != "causal-lm":
         return 0.0
     rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
-    buffers = rows * sizes.vocabulary * (item + max(item, 4))
+    values = rows * sizes.vocabulary
+    buffers = values * (item if item >= 4 else item + 4)  # where dtypes allow, log p takes the place of the logits
     if not learns:
         return buffers
     hidden = batch * length * config.supervised * sizes.width * item
-    trained = 2 * sizes.trained_head * item + (rows * sizes.vocabulary * 2 * max(item, 4) if sizes.trained_head else 0)
+    trained = 2 * sizes.trained_head * item + (2 * values * max(item, 4) if sizes.trained_head else 0)
     return buffers + hidden + trained
 
 
@@ -110,9 +116,10 @@ def state_bytes(sizes: Sizes, config: PlanConfig) -> float:
     return 2 * each * sizes.trained
 
 
-def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> dict[str, float]:
+def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *,
+         gpu: bool) -> dict[str, float]:
     """What is there from the first step to the last."""
-    base, buffer = base_weights(sizes, config, method, item)
+    base, buffer = base_weights(sizes, config, method, item, gpu=gpu)
     own = 0 if sizes.inside else sizes.trained * sizes.trained_width
     best = sizes.trained * sizes.trained_width
     return {"framework": framework, "weights": base + buffer, "adapters": config.adapters * own + best,
@@ -122,30 +129,32 @@ def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework:
 def training(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, kept: float,
              over: float, batch: int, length: int, gpu: bool) -> Memory:
     """The most that a step holds: at the loss, at the start of the backward pass, or at its end."""
-    parts = held(sizes, config, method, item, framework)
+    parts = held(sizes, config, method, item, framework, gpu=gpu)
     gradients = config.adapters * sizes.trained * sizes.trained_width
     z = logits(sizes, config, batch, length, item, learns=True)
     # Where gradients of the base's size grow while activations shrink, one of the two ends is the peak. Memory of
-    # activations stays with a CPU's allocator for the next step, so that logits come on top of all of it.
-    moments = [(kept, 0.0, z), (kept + over, 0.0, 0.0), (over, gradients, 0.0)] if gpu else [
+    # activations stays with a CPU's allocator for the next step, so that logits come on top of all of it; but under
+    # gradient checkpointing every large tensor is given back at once (`deltaw.train.memory.release_at_once`).
+    gives_back = gpu or config.gradient_checkpointing != "off"
+    moments = [(kept, 0.0, z), (kept + over, 0.0, 0.0), (over, gradients, 0.0)] if gives_back else [
         (kept + over, 0.0, z), (over, gradients, z)]
     activations, grown, z = max(moments, key=sum)
     parts |= {"gradients": max(grown, gradients if not sizes.inside else 0.0), "activations": activations, "logits": z}
-    share = RETAINED_GPU if gpu else RETAINED_CPU
+    share = RETAINED_GPU if gives_back else RETAINED_CPU
     return Memory(parts | {"allocator": share * (activations + grown)})
 
 
 def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, forward: float,
-               cache: float, batch: int, length: int) -> Memory:
+               cache: float, batch: int, length: int, gpu: bool) -> Memory:
     """The most that an evaluation between two steps holds: a forward pass, or the answers' keys and values."""
-    parts = held(sizes, config, method, item, framework)
+    parts = held(sizes, config, method, item, framework, gpu=gpu)
     z = logits(sizes, config, batch, length, item, learns=False)
     return Memory(parts | {"gradients": 0.0, "activations": max(forward, cache), "logits": z, "allocator": 0.0})
 
 
-def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> Memory:
+def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
     """Writing a checkpoint: tensors, moments and best tensors once more, as the bytes of a file."""
-    parts = held(sizes, config, method, item, framework)
+    parts = held(sizes, config, method, item, framework, gpu=gpu)
     copy = checkpoint_bytes(sizes, config)
     return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": float(copy)})
 
@@ -156,9 +165,9 @@ def merging(sizes: Sizes, framework: float) -> Memory:
     return Memory({"framework": framework, "weights": float(one), "adapters": 4.0 * sizes.trained})
 
 
-def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> Memory:
+def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
     """Bringing the base in: mapped where its format is right, else tensor by tensor beside its mapped file."""
-    base, _ = base_weights(sizes, config, method, item)
+    base, _ = base_weights(sizes, config, method, item, gpu=gpu)
     quantized = method == "qlora" and config.quantize != "none"
     mapped = 3 * sizes.largest * 4 if quantized else sizes.stored if sizes.recast else 0
     return Memory({"framework": framework, "weights": base, "file": float(mapped)})

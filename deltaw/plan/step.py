@@ -1,7 +1,7 @@
 """One training step on a network without values: what it keeps, what it adds on top, and what it computes.
 
-Tuned as `deltaw train` tunes: inputs of q, k and v shared, examples laid end to end where the base lets it, gradient
-checkpointing as asked for, logits of supervised tokens only, in stretches (their buffers are added by `memory`, since
+Tuned as `deltaw train` tunes: inputs of q, k and v shared, gated products made again, examples laid end to end where the
+base lets it, gradient checkpointing as asked for, logits of supervised tokens only, in stretches (their buffers are added by `memory`, since
 they do not depend on the network). Two short networks are run, and what one layer more costs is taken for all others.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import PLACES, attention_modules, packed_attention, takes_packed
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault
@@ -107,7 +108,7 @@ def _step(model: Any, config: PlanConfig, point: Point) -> Step:
     inputs = example_inputs(point.batch, point.length, packed=packed)
     known = [*tensors_of(model), *inputs.values()]
     with ExitStack() as stack:
-        _checkpointing(model, config, stack)
+        _what_is_made_again(model, config, stack)
         if packed:
             stack.enter_context(packed_attention(model))
         tape = stack.enter_context(Tape(known))
@@ -186,18 +187,23 @@ def _forward(model: Any, config: PlanConfig, inputs: dict[str, Tensor], point: P
     return seen[0]
 
 
-def _checkpointing(model: Any, config: PlanConfig, stack: ExitStack) -> None:
-    """Gradient checkpointing as training does it."""
+def _what_is_made_again(model: Any, config: PlanConfig, stack: ExitStack) -> None:
+    """Gradient checkpointing and gated products, as training has them."""
     wanted = config.gradient_checkpointing
+    inputs = example_inputs(1, ROOM + 1, packed=False)
+    options: dict[str, Any] = {"use_cache": False} if config.task == "causal-lm" else {}
     if wanted == "attention" and takes_packed(model):
-        look = example_inputs(1, ROOM + 1, packed=False)
         with packed_attention(model), attention_modules() as found, torch.no_grad(), Tape():
-            model(**look, use_cache=False)
+            model(**inputs, **options)
         stack.enter_context(_recomputed(found))
     elif wanted != "off":
         enable: Callable[[dict[str, Any]], object] = getattr(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        return
+    with Tape():
+        gated = gated_modules(model, lambda: model(**inputs, **options))
+    stack.enter_context(product_made_again(gated))
 
 
 @contextmanager
