@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -114,6 +115,13 @@ RUNS = (
     Run(shape="smollm2", batch=4, length=256),
     Run(shape="smollm2", batch=2, length=512, checkpointing="layer"),
 )
+
+
+TIMED = ("tiny 1 x 64 r8 fp32", "llama-s 1 x 64 r8 fp32", "llama-s 4 x 256 r8 fp32", "llama-s 8 x 256 r8 fp32 layer",
+         "llama-s 4 x 256 r8 fp32 nf4", "llama-s 4 x 256 full fp32", "llama-m 1 x 128 r8 fp32",
+         "llama-m 2 x 256 r8 fp32 nf4 layer", "qwen 2 x 256 r8 fp32", "gpt2 4 x 256 r8 fp32",
+         "bert-s 16 x 128 r8 fp32", "bert-m 8 x 128 r8 fp32", "llama-s 4 x 256 r8 fp32 q,v")
+"""Names of the runs whose times are judged: short ones, since they need a machine that does nothing else."""
 
 
 def folder_of(run: Run, root: Path) -> str:
@@ -216,14 +224,17 @@ def kept_idle(root: Path) -> float:
     return float(json.loads(file.read_text(encoding="utf-8")))
 
 
-def summary(rows: list[dict[str, Any]]) -> list[Any]:
+UNITS = (("error", "memory", 0.07, 0.15), ("error_above_idle", "memory above an idle process", 0.15, 0.30),
+         ("error_seconds", "time of a step", 0.20, None))
+"""What is judged: its key, its name, and the goals of the median and of the worst error."""
+
+
+def summary(rows: list[dict[str, Any]], units: Sequence[tuple[str, str, float, float | None]]) -> list[Any]:
     """The cases of the report: median and worst error, of those that no constant was set on and of all."""
     from pairs import Case
 
     cases = []
     judged = [row for row in rows if not row["seen"]] or rows
-    units = (("error", "memory", 0.07, 0.15), ("error_above_idle", "memory above an idle process", 0.15, 0.30),
-             ("error_seconds", "time", 0.20, None))
     for key, unit, middle, most in units:
         errors = [abs(row[key]) for row in judged if row[key] is not None]
         if not errors:
@@ -242,6 +253,7 @@ def main() -> int:
     parser.add_argument("--exact", help="the case of this name")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first, and judge times")
     parser.add_argument("--keep", help="folder for bases and results; what is there is not measured again")
+    parser.add_argument("--times", action="store_true", help="short runs for times only, a dozen; implies --calibrate")
     parser.add_argument("--measure", action="store_true", help="measure and keep, plan nothing")
     parser.add_argument("--replan", action="store_true", help="plan the kept runs only, measure nothing")
     parser.add_argument("--child")
@@ -253,13 +265,16 @@ def main() -> int:
         root = Path(args.keep or scratch)
         root.mkdir(parents=True, exist_ok=True)
         chosen = [run for run in RUNS if args.only in run.name and args.exact in (None, run.name.strip("* "))]
+        chosen = [run for run in chosen if run.name.strip("* ") in TIMED] if args.times else chosen
         chosen = chosen[:12:2] if args.quick else chosen
-        rows, rest, calibrates = [], kept_idle(root), args.calibrate
+        rows, rest, calibrates = [], kept_idle(root), args.calibrate or args.times
         for run in chosen:
-            kept = root / f"result-{hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]}.json"
+            digest = hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]
+            kept = root / f"{'time' if args.times else 'result'}-{digest}.json"
             if args.replan and not kept.is_file():
                 continue
             options = options_of(run, folder_of(run, root), root)
+            options |= {"max_steps": 5, "save_every": 0, "eval_rows": 1, "samples": 0} if args.times else {}
             if args.measure:
                 kept.write_text(json.dumps(measured(options)), encoding="utf-8")
                 continue
@@ -280,7 +295,7 @@ def main() -> int:
         if args.measure:
             return 0
         (root / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        return report("plan_accuracy", summary(rows)) and 0
+        return report("plan_accuracy", summary(rows, UNITS[2:] if args.times else UNITS[:2])) and 0
 
 
 if __name__ == "__main__":

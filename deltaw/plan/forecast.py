@@ -24,7 +24,7 @@ from deltaw.plan.devices import Device
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.step import Steps
-from deltaw.plan.timing import optimizer_seconds, seconds_elsewhere, seconds_here, step_work
+from deltaw.plan.timing import optimizer_seconds, seconds_elsewhere, seconds_here, step_work, unpacking_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +210,8 @@ class Forecast:
             pass_ = seconds_here(work, setting.rates)
         else:
             pass_ = seconds_elsewhere(work, setting.device, _NAMES[setting.dtype])
+        if self.method == "qlora" and config.quantize != "none":
+            pass_ += unpacking_seconds(sizes, config, setting.item, setting.device, setting.rates)
         return config.grad_accumulation * pass_ + optimizer_seconds(sizes, setting.device, setting.rates)
 
 

@@ -61,8 +61,8 @@ class Work:
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Listens to the operations in its block. `known` tensors, such as weights, were there before and are not counted.
 
-    `answer` is given to the few questions about values that a forward asks: is nothing padded, is this one example, are these
-    two equal?
+    `answer` is given to the few questions about values that a forward asks: is nothing padded, is this one example,
+    are these two equal?
     """
 
     def __init__(self, known: Iterable[Tensor] = (), *, answer: bool = True) -> None:

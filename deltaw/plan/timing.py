@@ -1,6 +1,6 @@
 """The time of a step: what it computes, divided by how fast that goes.
 
-    seconds = Σ products / rate(shape) + attention / rate + Σ max(bytes / bandwidth, start)
+    seconds = Σ products / rate(shape) + attention / rate + Σ max(bytes / bandwidth, start) + unpacking
 
 The work is what a `Tape` heard, with the output layer and the optimizer added. Rates are measured ones on this machine,
 and shares of a data sheet's on another, which makes an estimate and no promise.
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from deltaw.plan.calibrate import Rates
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
-from deltaw.plan.memory import STRETCH_VALUES, Sizes
+from deltaw.plan.memory import BITS, STRETCH_VALUES, Sizes
 from deltaw.plan.tape import Work
 
 _PASSES_OF_LOSS = 8
@@ -58,6 +58,14 @@ def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:
     rate = device.tflops.get(dtype, device.tflops["fp32"]) * 1e12 * COMPUTE_SHARE
     bandwidth = device.bandwidth * 1e9 * BANDWIDTH_SHARE
     return max(work.flops / rate + work.moved / bandwidth, work.calls * _GPU_START)
+
+
+def unpacking_seconds(sizes: Sizes, config: PlanConfig, item: int, device: Device, rates: Rates | None) -> float:
+    """Unpacking a quantized base: in the forward, in the backward, and where layers are computed again once more."""
+    numbers = float(sizes.matrices * (3 if config.gradient_checkpointing == "layer" else 2))
+    if rates is not None:
+        return numbers / rates.unpack if rates.unpack else 0.0
+    return numbers * (item + BITS[config.quantize] / 8) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
 def optimizer_seconds(sizes: Sizes, device: Device, rates: Rates | None) -> float:
