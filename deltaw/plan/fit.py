@@ -84,7 +84,7 @@ def changes(forecast: Forecast) -> Iterator[tuple[str, Forecast, At]]:
 
 def _with(setting: Setting, config: PlanConfig) -> Setting:
     changed = Setting(config, setting.shapes, setting.device, setting.dtype, setting.rates)
-    changed.steps = setting.steps.under(config)
+    changed.steps, changed.quadratic = setting.steps.under(config), setting.quadratic
     for name in ("model", "weights", "largest_tensor", "values", "head", "biases", "linears", "targets"):
         if name in setting.__dict__:  # they do not depend on what is changed here
             changed.__dict__[name] = setting.__dict__[name]

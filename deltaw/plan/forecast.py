@@ -45,6 +45,8 @@ class Setting:
         self.config, self.shapes, self.device, self.dtype, self.rates = config, shapes, device, dtype, rates
         self.item = memory.item_size(dtype)
         self.steps = Steps(shapes, config, dtype)
+        self.quadratic: float | None = None
+        """Bytes that a token keeps for each token of its example, once they are known."""
         self.gpu = device.kind == "gpu"
         self.framework = float(config.resident or (memory.FRAMEWORK_GPU if self.gpu else memory.FRAMEWORK_CPU))
 
@@ -152,16 +154,22 @@ class Forecast:
         b, n = config.batch_size, config.max_length
         first = steps.at(self.method, b, n).kept
         if at.batch != b or at.length != n:
-            second = steps.at(self.method, b, max(2, n // 2)).kept
-            half = max(2, n // 2)
-            c2 = max(0.0, (first / (b * n) - second / (b * half)) / (n - half)) if n > half else 0.0
-            c1 = first / (b * n) - c2 * n
-            first = at.batch * at.length * (c1 + c2 * at.length)
+            c2 = self._quadratic()
+            first = at.batch * at.length * (first / (b * n) + c2 * (at.length - n))
         tokens, item = at.batch * at.length, self.setting.item
         if self.method in ("lora", "qlora"):
             first += (at.rank - config.lora.r) * tokens * item * sum(1 for t in self.setting.targets if t.rank)
         layers = {"adapter-h": 2, "adapter-l": 1, "adapter-p": 1}.get(self.method, 0) * self.setting.dims.layers
         return first + layers * tokens * item * (self.setting.dims.width + 2 * config.bottleneck)
+
+    def _quadratic(self) -> float:
+        """c₂, of masks, which are the same in all ways of tuning: worked out for the first that asks."""
+        setting, config = self.setting, self.setting.config
+        if setting.quadratic is None:
+            b, n, half = config.batch_size, config.max_length, max(2, config.max_length // 2)
+            first, second = (setting.steps.at(self.method, b, length).kept for length in (n, half))
+            setting.quadratic = max(0.0, (first / n - second / half) / b / (n - half)) if n > half else 0.0
+        return setting.quadratic
 
     def peak(self, phase: Phase, at: At | None = None) -> Memory:
         """The most that this phase of a run holds."""
