@@ -48,7 +48,6 @@ class Setting:
         self.quadratic: float | None = None
         """Bytes that a token keeps for each token of its example, once they are known."""
         self.gpu = device.kind == "gpu"
-        self.framework = float(config.resident or (memory.FRAMEWORK_GPU if self.gpu else memory.FRAMEWORK_CPU))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -106,6 +105,14 @@ class Forecast:
     def __init__(self, setting: Setting, method: Method) -> None:
         self.setting, self.method = setting, method
         self._sizes: dict[int, Sizes] = {}
+
+    @property
+    def framework(self) -> float:
+        """What is held before a weight is."""
+        setting, config = self.setting, self.setting.config
+        quantized = self.method == "qlora" and config.quantize != "none"
+        here = memory.FRAMEWORK_CPU + (memory.LIBRARY_CPU if quantized else 0)
+        return float(config.resident or (memory.FRAMEWORK_GPU if setting.gpu else here))
 
     def trained(self, rank: int) -> int:
         """Trained values, a classifier's head among them."""
@@ -175,7 +182,7 @@ class Forecast:
         """The most that this phase of a run holds."""
         setting, config = self.setting, self.setting.config
         at = at or self.asked
-        sizes, item, framework = self.sizes(at.rank), setting.item, setting.framework
+        sizes, item, framework = self.sizes(at.rank), setting.item, self.framework
         if at.adapters != config.adapters:
             config = replace(config, adapters=at.adapters)
         if phase == "merge":

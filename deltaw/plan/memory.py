@@ -25,12 +25,19 @@ PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activati
 
 STRETCH_VALUES = 1 << 24
 """Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
-FRAMEWORK_CPU = 550 << 20
+FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
+LIBRARY_CPU = 60 << 20
+"""bitsandbytes and what it imports."""
+HOLES_CPU = 50 << 20
+"""Holes that loading and preparing leave in a heap which is not given back."""
 FRAMEWORK_GPU = 700 << 20
 """A CUDA context with cuBLAS's workspace; the host's memory is not counted against the card."""
-RETAINED_CPU, RETAINED_GPU = 0.08, 0.05
-"""Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks."""
+RETAINED_CPU, RETAINED_GPU = 0.19, 0.05
+"""Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks. A CPU's gives large
+tensors back at once under gradient checkpointing, and then holds no more than a GPU's."""
+COPIES = 2
+"""Times that a checkpoint is in memory while it is written: each tensor as bytes, and the file that they make."""
 BITS = {"nf4": 4 + 0.127, "fp4": 4 + 0.127, "int8": 8.0}
 """Of a quantized weight: four bits, and with double quantization 8/64 + 32/(64·256) bits of scales (QLoRA, sec. 3)"""
 
@@ -140,8 +147,8 @@ def training(sizes: Sizes, config: PlanConfig, method: Method, item: int, framew
         (kept + over, 0.0, z), (over, gradients, z)]
     activations, grown, z = max(moments, key=sum)
     parts |= {"gradients": max(grown, gradients if not sizes.inside else 0.0), "activations": activations, "logits": z}
-    share = RETAINED_GPU if gives_back else RETAINED_CPU
-    return Memory(parts | {"allocator": share * (activations + grown)})
+    retained = RETAINED_GPU * (activations + grown) if gives_back else HOLES_CPU + RETAINED_CPU * (activations + grown)
+    return Memory(parts | {"allocator": retained})
 
 
 def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, forward: float,
@@ -153,10 +160,10 @@ def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, fram
 
 
 def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
-    """Writing a checkpoint: tensors, moments and best tensors once more, as the bytes of a file."""
+    """Writing a checkpoint: tensors, moments and best tensors as the bytes of a file."""
     parts = held(sizes, config, method, item, framework, gpu=gpu)
-    copy = checkpoint_bytes(sizes, config)
-    return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": float(copy)})
+    file = float((1 if gpu else COPIES) * checkpoint_bytes(sizes, config))
+    return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": file})
 
 
 def merging(sizes: Sizes, framework: float) -> Memory:

@@ -26,7 +26,7 @@ from deltaw.train.examples import Examples
 
 MARGIN = 0.25
 """Share by which a plan has to exceed the memory before a run is refused."""
-AHEAD = 70 << 20
+AHEAD = 20 << 20
 """Bytes that libraries still come to hold between loading and the end of the first step."""
 _OF_PLANNING = (DeltawError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, OSError)
 """What planning may fail with on a network that nobody foresaw."""
