@@ -268,7 +268,7 @@ def main() -> int:
         chosen = [run for run in RUNS if args.only in run.name and args.exact in (None, run.name.strip("* "))]
         chosen = [run for run in chosen if run.name.strip("* ") in TIMED] if args.times else chosen
         chosen = chosen[:12:2] if args.quick else chosen
-        rows, rest, calibrates = [], kept_idle(root), args.calibrate or args.times
+        rows, rest, calibrates = [], kept_idle(root), (args.calibrate or args.times) and not args.replan
         for run in chosen:
             digest = hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]
             kept = root / f"{'time' if args.times else 'result'}-{digest}.json"

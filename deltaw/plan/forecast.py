@@ -24,7 +24,7 @@ from deltaw.plan.devices import Device
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.step import Steps
-from deltaw.plan.timing import optimizer_seconds, seconds_elsewhere, seconds_here, step_work, unpacking_seconds
+from deltaw.plan.timing import FAULTS, optimizer_seconds, seconds_elsewhere, seconds_here, step_work, unpacking_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,8 @@ class Forecast:
         sizes = self.sizes(config.lora.r)
         work = step_work(step.work, sizes, config, config.batch_size, config.max_length)
         if setting.rates is not None:
-            pass_ = seconds_here(work, setting.rates)
+            pass_ = seconds_here(work, setting.rates, setting.item)
+            pass_ *= FAULTS if config.gradient_checkpointing != "off" and not setting.gpu else 1.0
         else:
             pass_ = seconds_elsewhere(work, setting.device, _NAMES[setting.dtype])
         if self.method == "qlora" and config.quantize != "none":

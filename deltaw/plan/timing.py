@@ -1,6 +1,7 @@
 """The time of a step: what it computes, divided by how fast that goes.
 
-    seconds = Σ products / rate(shape) + attention / rate + Σ max(bytes / bandwidth, start) + unpacking
+    seconds = Σ (products / rate(shape) + operands / bandwidth) + attention / rate + Σ max(bytes / bandwidth, start)
+              + unpacking
 
 The work is what a `Tape` heard, with the output layer and the optimizer added. Rates are measured ones on this machine,
 and shares of a data sheet's on another, which makes an estimate and no promise.
@@ -22,6 +23,10 @@ _PASSES_OF_LOSS = 8
 """Times that a stretch's logits are read or written by the loss and its gradient."""
 _PASSES_OF_ADAMW = 7
 """Parameter, gradient and two moments read; parameter and moments written."""
+_AROUND = 2.5
+"""What an operation takes with the Python around it in a network, in starts of one in a chain."""
+FAULTS = 1.15
+"""Under gradient checkpointing large tensors are new memory each time (`deltaw.train.memory.release_at_once`)."""
 _GPU_START = 5e-6
 
 
@@ -39,17 +44,19 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     return body.plus(head, rows / stretch).plus(moved, 1.0)
 
 
-def seconds_here(work: Work, rates: Rates) -> float:
-    """On this machine, by the rates that were measured."""
+def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
+    """On this machine, by the rates that were measured, of values that take `item` bytes."""
+    stream, start = between(rates.bytes, max(rates.bytes)), _AROUND * rates.start
     total = work.attention / rates.attention
     for (batch, rows, outputs, inner), times in work.products.items():
         flops = 2.0 * batch * rows * outputs * inner
+        operands = float(item * batch * (rows * inner + inner * outputs + rows * outputs))
         narrow = between(rates.narrow_inner, inner) if inner < min(rows, outputs) else \
             between(rates.narrow_output, min(rows, outputs))
-        total += times * (flops / narrow + rates.start)
+        total += times * (flops / narrow + operands / stream + start)
     others = max(1.0, work.calls - sum(work.products.values()))
     size = work.moved / others / 3 / 4
-    return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * rates.start)
+    return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * start)
 
 
 def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:

@@ -141,7 +141,8 @@ def test_time_is_work_by_rate() -> None:
                   bytes={1: 1e9, 1 << 20: 1e9}, start=0.0)
     work = Work(attention=4e9, moved=3e9, calls=10)
     work.products[1, 1000, 512, 1000] = 2
-    assert seconds_here(work, rates) == pytest.approx(4 / 2 + 3 + 2 * 2 * 1000 * 512 * 1000 / 16e9)
+    operands = 4 * (1000 * 1000 + 2 * 1000 * 512) / 1e9
+    assert seconds_here(work, rates) == pytest.approx(4 / 2 + 3 + 2 * (2 * 1000 * 512 * 1000 / 16e9 + operands))
     assert between({8: 1.0, 512: 8.0}, 64) == pytest.approx(8**0.5)
     assert last(lambda n: n <= 37, 1000) == 37
     assert last(lambda n: False, 1000) == 0
