@@ -87,7 +87,7 @@ def test_a_set_is_planned_before_its_first_round(make: Make, tmp_path: Path, mon
     monkeypatch.setattr("deltaw.train.many.check_weights", lambda _: None)
     with pytest.raises(ConfigError, match="this set of 2 jobs: needs about"):
         train_many([make("a"), make("b")], together(tmp_path), quiet=True)
-    warned = [make(name, plan="warn", max_steps=1, doctor_steps=1) for name in "cd"]
+    warned = [make(name, plan="warn", max_steps=3) for name in "cd"]
     result = train_many(warned, together(tmp_path), quiet=True)
     assert statuses(result) == dict.fromkeys("cd", "finished")
     assert any("DOES NOT FIT" in line for line in result.lines)
