@@ -69,7 +69,8 @@ def pack_8bit(W_OI: Tensor) -> tuple[Tensor, Tensor]:
     def pack(start: int, stop: int) -> None:
         codes[start:stop], absmax[start:stop], _ = int8_vectorwise_quant(W_OI[start:stop].to(torch.float16))
 
-    _in_strips(pack, len(W_OI), max(1, _STRIP // W_OI.shape[1]), W_OI.shape[1])
+    rows = max(1, _STRIP // W_OI.shape[1]) if W_OI.device.type == "cpu" else len(W_OI)
+    _in_strips(pack, len(W_OI), rows, W_OI.shape[1])
     return codes, absmax
 
 
@@ -82,8 +83,9 @@ def _in_strips(pack: Callable[[int, int], None], count: int, strip: int, width: 
             pack(start, min(start + strip, count))
 
     starts = range(0, count, stretch)
-    if len(starts) == 1:
-        pack_stretch(0)
+    if len(starts) < 2:
+        for start in starts:
+            pack_stretch(start)
         return
     with ThreadPoolExecutor(min(torch.get_num_threads(), len(starts))) as pool:
         for _ in pool.map(pack_stretch, starts):
