@@ -51,8 +51,8 @@ def child(side: str, dtype: str, layers: int, rows: int, tokens: int) -> None:
             return model(**batch).loss
     else:
         import deltaw
+        from deltaw.bases.gated import gated_modules, product_made_again
         from deltaw.train.compile import compiled_layers
-        from deltaw.train.gated import gated_modules, product_made_again
         from deltaw.train.memory import give_back, recompute_activations, release_at_once
         from deltaw.train.objective import CausalLoss
         from deltaw.train.optimizer import adamw

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -59,13 +60,19 @@ class Run:
     stored: str = "fp32"
     targets: str = "all-linear"
     optimizer: str = "adamw"
+    method: str = "lora"
+    quantize: str = "none"
     seen: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        extras = [f"r{self.rank}", self.dtype, *([] if self.checkpointing == "off" else [self.checkpointing]),
-                  *([] if self.packing == "auto" else ["padded"]), *([] if self.targets == "all-linear" else ["q,v"])]
+        kind = f"r{self.rank}" if self.method == "lora" else self.method
+        number = self.dtype if self.dtype == self.stored else f"{self.dtype} of {self.stored}"
+        words = {kind: True, number: True, self.quantize: self.quantize != "none",
+                 self.checkpointing: self.checkpointing != "off", "padded": self.packing != "auto",
+                 "q,v": self.targets != "all-linear", self.optimizer: self.optimizer != "adamw"}
+        extras = [word for word, said in words.items() if said]
         return f"{'*' if self.seen else ' '}{self.shape} {self.batch} x {self.length} {' '.join(extras)}"
 
     @property
@@ -85,7 +92,7 @@ RUNS = (
     Run(shape="llama-m", batch=4, length=512, seen=True), Run(shape="bert-m", batch=8, length=128, seen=True),
     Run(shape="llama-s", batch=2, length=128, dtype="bf16", stored="bf16", seen=True),
     Run(shape="llama-s", batch=16, length=256), Run(shape="llama-s", batch=2, length=1024),
-    Run(shape="llama-s", batch=8, length=256, checkpointing="layer"),
+    Run(shape="llama-s", batch=8, length=256, checkpointing="layer", seen=True),
     Run(shape="llama-s", batch=8, length=256, checkpointing="attention"),
     Run(shape="llama-s", batch=4, length=256, packing="off"), Run(shape="llama-s", batch=4, length=256, rank=64),
     Run(shape="llama-s", batch=2, length=128, dtype="bf16"),
@@ -98,9 +105,25 @@ RUNS = (
     Run(shape="gpt2", batch=8, length=128, checkpointing="layer"),
     Run(shape="bert-s", batch=16, length=128), Run(shape="bert-s", batch=32, length=64),
     Run(shape="bert-m", batch=4, length=256), Run(shape="bert-m", batch=16, length=128, rank=32),
-    Run(shape="smollm2", batch=4, length=256), Run(shape="smollm2", batch=8, length=128),
+    Run(shape="llama-s", batch=4, length=256, quantize="nf4", seen=True),
+    Run(shape="qwen", batch=2, length=256, quantize="nf4"),
+    Run(shape="llama-m", batch=2, length=256, quantize="nf4", checkpointing="layer"),
+    Run(shape="llama-m", batch=2, length=256, quantize="int8"),
+    Run(shape="llama-s", batch=4, length=256, method="full", seen=True),
+    Run(shape="bert-m", batch=8, length=128, method="full"),
+    Run(shape="llama-s", batch=4, length=256, method="adapter-h"),
+    Run(shape="llama-s", batch=4, length=256, method="preembed"),
+    Run(shape="bert-m", batch=8, length=128, method="bitfit"),
+    Run(shape="smollm2", batch=4, length=256),
     Run(shape="smollm2", batch=2, length=512, checkpointing="layer"),
 )
+
+
+TIMED = ("tiny 1 x 64 r8 fp32", "llama-s 1 x 64 r8 fp32", "llama-s 4 x 256 r8 fp32", "llama-s 8 x 256 r8 fp32 layer",
+         "llama-s 4 x 256 r8 fp32 nf4", "llama-s 4 x 256 full fp32", "llama-m 1 x 128 r8 fp32",
+         "llama-m 2 x 256 r8 fp32 nf4 layer", "qwen 2 x 256 r8 fp32", "gpt2 4 x 256 r8 fp32",
+         "bert-s 16 x 128 r8 fp32", "bert-m 8 x 128 r8 fp32", "llama-s 4 x 256 r8 fp32 q,v")
+"""Names of the runs whose times are judged: short ones, since they need a machine that does nothing else."""
 
 
 def folder_of(run: Run, root: Path) -> str:
@@ -135,7 +158,9 @@ def options_of(run: Run, model: str, root: Path) -> dict[str, Any]:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     lora = {"r": run.rank, "target_modules": run.targets if run.targets == "all-linear" else run.targets.split(",")}
     return {"model": model, "data": str(data), "out": str(root / "out" / run.slug), "task": run.task,
-            "max_length": run.length, "batch_size": run.batch, "dtype": run.dtype, "max_steps": 4, "eval_rows": 8,
+            "max_length": run.length, "batch_size": run.batch, "dtype": run.dtype, "max_steps": 3, "eval_rows": 8,
+            "eval_every": 0, "save_every": 2,
+            "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
             "optimizer": run.optimizer, "learning_rate": 1e-4, "schedule": "constant", "warmup_ratio": 0.0}
 
@@ -158,10 +183,16 @@ def status(name: str) -> float:
 
 def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
     """What the plan says of the run."""
+    from deltaw.baselines.config import BaselineConfig
     from deltaw.plan import PlanConfig, plan
 
+    baseline, quantize = BaselineConfig(), options["quantize"]
+    method = options["method"] if quantize == "none" else "qlora"
     return plan(PlanConfig(
-        model=options["model"], task=options["task"], lora=options["lora"], methods=("lora",),
+        model=options["model"], task=options["task"], lora=options["lora"], methods=(method,),
+        quantize="nf4" if quantize == "none" else quantize,
+        max_new_tokens=options["max_new_tokens"], virtual_tokens=baseline.prefix_tokens,
+        bottleneck=baseline.bottleneck,
         batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"], device="cpu",
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
         optimizer=options["optimizer"]), search=False, calibrates=calibrates).methods[0]
@@ -187,21 +218,31 @@ def idle() -> float:
     return float(done.stdout.split()[-1]) * 1024
 
 
-def summary(rows: list[dict[str, Any]]) -> list[Any]:
-    """The cases of the report: median and worst error, of those that no constant was set on and of all."""
+def kept_idle(root: Path) -> float:
+    """`idle`, measured once for each folder."""
+    file = root / "idle.json"
+    if not file.is_file():
+        file.write_text(json.dumps(idle()), encoding="utf-8")
+    return float(json.loads(file.read_text(encoding="utf-8")))
+
+
+UNITS = (("error", "memory", 0.07, 0.15), ("error_above_idle", "memory above an idle process", 0.15, 0.30),
+         ("error_seconds", "time of a step", 0.20, None))
+"""What is judged: its key, its name, and the goals of the median and of the worst error."""
+
+
+def summary(rows: list[dict[str, Any]], units: Sequence[tuple[str, str, float, float | None]]) -> list[Any]:
+    """The cases of the report: median and worst error, of all and of those that no constant was set on."""
     from pairs import Case
 
     cases = []
-    judged = [row for row in rows if not row["seen"]] or rows
-    units = (("error", "memory", 0.07, 0.15), ("error_above_idle", "memory above an idle process", 0.15, 0.30),
-             ("error_seconds", "time", 0.20, None))
-    for key, unit, middle, most in units:
-        errors = [abs(row[key]) for row in judged if row[key] is not None]
-        if not errors:
-            continue
-        for name, value, target in (("median", statistics.median(errors), middle), ("worst", max(errors), most)):
-            if target is not None:
-                cases.append(Case(f"{unit}: {name} error of {len(errors)}", "share", value, 1.0, "measured", target))
+    for whose, judged in (("all", rows), ("no constant was set on", [row for row in rows if not row["seen"]])):
+        for key, unit, middle, most in units:
+            errors = [abs(row[key]) for row in judged if row[key] is not None]
+            for name, of, target in (("median", statistics.median, middle), ("worst", max, most)):
+                if target is not None and errors:
+                    cases.append(Case(f"{unit}: {name} error of {len(errors)} runs ({whose})", "share", of(errors), 1.0,
+                                      "measured", target))
     return cases
 
 
@@ -210,8 +251,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="six cases")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--exact", help="the case of this name")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first, and judge times")
     parser.add_argument("--keep", help="folder for bases and results; what is there is not measured again")
+    parser.add_argument("--times", action="store_true", help="short runs for times only, a dozen; implies --calibrate")
+    parser.add_argument("--measure", action="store_true", help="measure and keep, plan nothing")
     parser.add_argument("--replan", action="store_true", help="plan the kept runs only, measure nothing")
     parser.add_argument("--child")
     args = parser.parse_args()
@@ -221,14 +265,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(args.keep or scratch)
         root.mkdir(parents=True, exist_ok=True)
-        chosen = [run for run in RUNS if args.only in run.name]
+        chosen = [run for run in RUNS if args.only in run.name and args.exact in (None, run.name.strip("* "))]
+        chosen = [run for run in chosen if run.name.strip("* ") in TIMED] if args.times else chosen
         chosen = chosen[:12:2] if args.quick else chosen
-        rows, rest, calibrates = [], idle(), args.calibrate
+        rows, rest, calibrates = [], kept_idle(root), (args.calibrate or args.times) and not args.replan
         for run in chosen:
-            kept = root / f"result-{hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]}.json"
+            digest = hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]
+            kept = root / f"{'time' if args.times else 'result'}-{digest}.json"
             if args.replan and not kept.is_file():
                 continue
             options = options_of(run, folder_of(run, root), root)
+            options |= {"max_steps": 5, "save_every": 0, "eval_rows": 1, "samples": 0} if args.times else {}
+            if args.measure:
+                kept.write_text(json.dumps(measured(options)), encoding="utf-8")
+                continue
             said = planned(options, calibrates=calibrates)
             calibrates = calibrates and said.step_seconds is None
             real = json.loads(kept.read_text()) if kept.is_file() else measured(options)
@@ -243,8 +293,10 @@ def main() -> int:
                                                           f"{row['error_seconds']:+6.1%}")
             print(f"{run.name:42} planned {said.peak / MIB:6.0f} MiB, took {real['peak'] / MIB:6.0f}: "
                   f"{row['error']:+6.1%} ({row['error_above_idle']:+6.1%} above idle){timed}", flush=True)
+        if args.measure:
+            return 0
         (root / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        return report("plan_accuracy", summary(rows)) and 0
+        return report("plan_accuracy", summary(rows, UNITS[2:] if args.times else UNITS[:2])) and 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """QLoRA (nf4, double quantization) beside our LoRA over 16 bits, and beside peft with bitsandbytes.
 
-    python benchmarks/quantized.py [--quick] [--layers 24] [--tokens 512]
+    python benchmarks/quantized.py [--quick] [--only time,memory-bf16,memory-fp32,load] [--shape 0.5b|1b]
 
-Qwen2.5-0.5B's shapes with random weights, all-linear r=8, one row of 512 tokens, every one learned from.
+Qwen2.5-0.5B's shapes with random weights, or TinyLlama-1.1B's; all-linear r=8, one row of 512 tokens, every one learned
+from. `--keep FOLDER` keeps the model for the next call, so that each case can have a call of its own.
 
 Memory is the most that a fresh process held (VmHWM), loading included, less what it held after its imports ("training
 memory"); layers are computed again in the backward pass on all sides. QLoRA and LoRA are both computed in bf16, with
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -36,24 +36,31 @@ MB = 1e6
 Step = Callable[[], float]
 
 
-def write_model(folder: Path, layers: int) -> None:
-    """A model folder with Qwen2.5-0.5B's shapes in bf16."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+             "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+             "tie_word_embeddings": True},
+    "1b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+           "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False},
+}
+CASES = ("time", "memory-bf16", "memory-fp32", "load")
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
+    """A model folder of this shape in bf16."""
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
-        num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16")).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
+    config = AutoConfig.for_model(**shape, dtype="bfloat16")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
     core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, "<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
 
 
 def batch_of(tokens: int) -> dict[str, torch.Tensor]:
     """One row of random tokens."""
-    ids = torch.randint(5, 150000, (1, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 30000, (1, tokens), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -78,7 +85,7 @@ def ours(folder: Path, dtype: str, quantize: Any, tokens: int, *, recompute: boo
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step, board
 
@@ -118,7 +125,6 @@ def child(side: str, folder: Path, dtype: str, tokens: int) -> None:
     """One side in this process: what it held at most, and after its imports."""
     import bitsandbytes  # noqa: F401
 
-
     if side == "peft":
         import peft  # noqa: F401
     before = high_water()
@@ -126,10 +132,12 @@ def child(side: str, folder: Path, dtype: str, tokens: int) -> None:
         from deltaw.bases import load_base
         from deltaw.train.memory import memory_in_use
 
+        began = time.perf_counter()
         model = load_base(str(folder), dtype=dtype, quantize="nf4").model
+        seconds = time.perf_counter() - began
         largest = max(p.numel() * (2 if dtype == "bf16" else 4) for p in model.parameters() if p.is_floating_point())
         print(json.dumps({"before": before, "peak": high_water(), "final": memory_in_use(), "largest": largest,
-                          "losses": []}))
+                          "seconds": seconds, "losses": []}))
         return
     if side == "peft":
         step = peft_bitsandbytes(folder, dtype, tokens, recompute=True)
@@ -150,25 +158,30 @@ def measured(side: str, folder: Path, dtype: str, tokens: int) -> dict[str, Any]
     return found
 
 
-def memory_cases(folder: Path, tokens: int) -> list[Case]:
-    """Peaks of QLoRA, LoRA and peft, and of loading."""
-    sides = {(side, dtype): measured(side, folder, dtype, tokens)
-             for dtype in ("bf16", "fp32") for side in ("qlora", "lora", "peft")}
-    held = {key: (found["peak"] - found["before"]) / MB for key, found in sides.items()}
+def memory_cases(folder: Path, dtype: str, tokens: int) -> list[Case]:
+    """Peaks of QLoRA, LoRA and peft."""
+    sides = {side: measured(side, folder, dtype, tokens) for side in ("qlora", "lora", "peft")}
+    held = {side: (found["peak"] - found["before"]) / MB for side, found in sides.items()}
+    whole = {side: found["peak"] / MB for side, found in sides.items()}
+    bits = "16-bit" if dtype == "bf16" else "32-bit"
+    near = abs(sides["qlora"]["losses"][0] / sides["peft"]["losses"][0] - 1) < 2e-2
+    return [Case(f"training memory, {dtype}", "MB", held["qlora"], held["lora"], f"our {bits} LoRA", 0.55),
+            Case(f"training memory, {dtype}", "MB", held["qlora"], held["peft"], "peft + bitsandbytes", 0.8,
+                 equal=near),
+            Case(f"whole process, {dtype}", "MB", whole["qlora"], whole["lora"], f"our {bits} LoRA", 0.55),
+            Case(f"whole process, {dtype}", "MB", whole["qlora"], whole["peft"], "peft + bitsandbytes", 0.8,
+                 equal=near)]
+
+
+def load_cases(folder: Path, tokens: int) -> list[Case]:
+    """The peak of loading, beside what is held after it and three of the largest tensor."""
     cases = []
     for dtype in ("bf16", "fp32"):
-        cases.append(Case(f"training memory, computed in {dtype}", "MB", held["qlora", dtype], held["lora", dtype],
-                          f"our {'16' if dtype == 'bf16' else '32'}-bit LoRA", 0.55))
-        near = abs(sides["qlora", dtype]["losses"][0] / sides["peft", dtype]["losses"][0] - 1) < 2e-2
-        cases.append(Case(f"training memory, computed in {dtype}", "MB", held["qlora", dtype], held["peft", dtype],
-                          "peft + bitsandbytes", 0.8, equal=near))
-    whole = {key: found["peak"] / MB for key, found in sides.items()}
-    cases.append(Case("the whole process, computed in bf16", "MB", whole["qlora", "bf16"], whole["lora", "bf16"],
-                      "our 16-bit LoRA", 0.55))
-    for dtype in ("bf16", "fp32"):
         load = measured("load", folder, dtype, tokens)
-        cases.append(Case(f"peak of loading in {dtype}", "MB", (load["peak"] - load["before"]) / MB,
-                          (load["final"] - load["before"] + 3 * load["largest"]) / MB, "final + 3 tensors", 1.0))
+        bound = (load["final"] - load["before"] + 3 * load["largest"]) / MB
+        cases.append(Case(f"peak of loading in {dtype}", "MB", (load["peak"] - load["before"]) / MB, bound,
+                          "final + 3 tensors", 1.0))
+        print(f"    in {load['seconds']:.1f} s; {load['final'] / MB:.0f} MB held then")
     return cases
 
 
@@ -189,6 +202,7 @@ def time_cases(folder: Path, tokens: int, repeats: int) -> list[Case]:
     middle = {side: statistics.median(found) for side, found in times.items()}
     print(f"  losses {losses}")
     near = all(abs(a / b - 1) < 1e-4 for a, b in zip(losses["qlora"], losses["peft"], strict=True))
+    print(f"  seconds {times}")
     return [Case(f"step of {tokens} tokens, fp32", "s", middle["qlora"], middle["lora"], "our LoRA over fp32", 1.15),
             Case(f"step of {tokens} tokens, fp32", "s", middle["qlora"], middle["peft"], "peft + bitsandbytes", 0.8,
                  equal=near)]
@@ -198,9 +212,12 @@ def main() -> int:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 layers, 128 tokens: the embedding weighs too much")
+    parser.add_argument("--shape", choices=list(SHAPES), default="0.5b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--only", choices=["memory", "time"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default=",".join(CASES), help="of " + ",".join(CASES))
+    parser.add_argument("--keep", type=Path, help="folder of models; what is there is not written again")
     parser.add_argument("--child")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--dtype", default="fp32")
@@ -209,13 +226,17 @@ def main() -> int:
     if args.child:
         child(args.child, args.folder, args.dtype, tokens)
         return 0
-    folder = Path(tempfile.mkdtemp(prefix="deltaw-quantized-"))
-    try:
-        write_model(folder, args.layers or (8 if args.quick else 24))
-        cases = [] if args.only == "memory" else time_cases(folder, tokens, 3)
-        cases += [] if args.only == "time" else memory_cases(folder, tokens)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    shape = dict(SHAPES[args.shape])
+    shape["num_hidden_layers"] = args.layers or (8 if args.quick else shape["num_hidden_layers"])
+    cases: list[Case] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (args.keep or Path(scratch)) / f"{args.shape}-{shape['num_hidden_layers']}"
+        if not folder.is_dir():
+            write_model(folder, shape)
+        for name in args.only.split(","):
+            kind, _, dtype = name.partition("-")
+            cases += {"time": lambda: time_cases(folder, tokens, args.repeats), "load": lambda: load_cases(
+                folder, tokens), "memory": lambda dtype=dtype: memory_cases(folder, dtype, tokens)}[kind]()
     return report("quantized", cases) and 0
 
 

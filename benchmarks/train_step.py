@@ -24,9 +24,9 @@ from pairs import Case, gemm_rate, report, smollm2_shaped
 
 import deltaw
 from deltaw.bases import choose_dtype
+from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.train.compile import compiled_layers
 from deltaw.train.cross_entropy import Terms
-from deltaw.train.gated import gated_modules, product_made_again
 from deltaw.train.objective import CausalLoss, ClassLoss
 from deltaw.train.optimizer import adamw
 

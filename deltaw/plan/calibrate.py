@@ -7,6 +7,7 @@ another machine or another number of threads is measured anew. Each figure is th
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 from deltaw.bases.kept import home
+from deltaw.bases.packing import pack_4bit
+from deltaw.core.packed import Packed, Workspace
 from deltaw.store.atomic import replace_folder
 
 NARROW = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -45,13 +48,15 @@ class Rates:
     """Bytes a second that an addition moves, by the number of its values."""
     start: float
     """Seconds that an operation takes at least, its part in the graph and the backward pass included."""
+    unpack: float = 0.0
+    """Numbers of a 4-bit weight that are unpacked a second; 0 where bitsandbytes is not installed."""
     seconds: float = 0.0
     """What measuring took."""
 
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 
@@ -74,10 +79,11 @@ def calibrate(dtype: torch.dtype, threads: int) -> Rates:
         inner = {k: _product(dtype, 1024, _WIDE, k) for k in NARROW}
         attention = _attention(dtype)
         moved = {n: _added(dtype, n) for n in SIZES}
+        unpack = _unpacked(dtype)
     with _threads(threads):
         start = _start()
     found = Rates(narrow_output=output, narrow_inner=inner, attention=attention, bytes=moved, start=start,
-                  seconds=round(time.perf_counter() - began, 1))
+                  unpack=unpack, seconds=round(time.perf_counter() - began, 1))
     file = rates_file(dtype, threads)
     file.parent.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(file.parent, {file.name: json.dumps(asdict(found)).encode()})
@@ -111,6 +117,20 @@ def _attention(dtype: torch.dtype) -> float:
 def _added(dtype: torch.dtype, values: int) -> float:
     a, b = torch.ones(values, dtype=dtype), torch.ones(values, dtype=dtype)
     return 3.0 * values * a.element_size() / seconds(lambda: a + b)
+
+
+def _unpacked(dtype: torch.dtype) -> float:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return 0.0
+    shape = (1024, 4096)
+    codes, state = pack_4bit(torch.randn(shape), "nf4", double_quant=True)
+    packed, workspace = Packed("nf4", codes, shape, state.absmax, state), Workspace()
+
+    def unpack() -> None:
+        for _ in packed.strips(dtype, workspace):
+            pass
+
+    return shape[0] * shape[1] / seconds(unpack)
 
 
 def _start() -> float:

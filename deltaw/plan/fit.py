@@ -47,49 +47,44 @@ def cheapest_change(forecast: Forecast) -> str:
     if not forecast.setting.device.memory:
         return ""
     least = forecast.worst()[1].total
-    for text, changed in changes(forecast):
-        needed = changed.worst()[1].total
+    for text, changed, at in changes(forecast):
+        needed = changed.worst(at)[1].total
         if needed <= changed.setting.device.memory:
             return text
         least = min(least, needed)
     return f"nothing here makes it fit: at the least it needs {least / 1e9:,.1f} GB"
 
 
-def changes(forecast: Forecast) -> Iterator[tuple[str, Forecast]]:
-    """Ways to need less, from one that costs nothing to one that changes what is learned."""
-    config, setting = forecast.setting.config, forecast.setting
-    base = forecast.peak("load").total
-
-    def other(**fields: object) -> Forecast:
-        changed: PlanConfig = replace(config, **fields)  # type: ignore[arg-type]
-        return Forecast(_with(setting, changed), forecast.method)
-
-    if base <= setting.device.memory:
-        batch = last(lambda n: forecast.worst(replace(forecast.asked, batch=n))[1].total <= setting.device.memory,
+def changes(forecast: Forecast) -> Iterator[tuple[str, Forecast, At]]:
+    """Ways to need less, from one that costs nothing to one that changes what is learned; each with where it is."""
+    config, setting, at = forecast.setting.config, forecast.setting, forecast.asked
+    recomputing = _with(setting, replace(config, gradient_checkpointing="layer"))
+    one = replace(at, batch=1)
+    if forecast.peak("load").total <= setting.device.memory:
+        batch = last(lambda n: forecast.worst(replace(at, batch=n))[1].total <= setting.device.memory,
                      config.batch_size)
         if batch:
             times = -(-config.batch_size // batch)
             yield (f"batch_size {batch} with grad_accumulation {config.grad_accumulation * times}: the same result",
-                   other(batch_size=batch, grad_accumulation=config.grad_accumulation * times))
+                   forecast, replace(at, batch=batch))
         if config.gradient_checkpointing != "layer":
-            yield ("gradient_checkpointing layer: a step computes a third more", other(gradient_checkpointing="layer"))
-            yield ("batch_size 1 and gradient_checkpointing layer",
-                   other(batch_size=1, gradient_checkpointing="layer",
-                         grad_accumulation=config.grad_accumulation * config.batch_size))
+            again = Forecast(recomputing, forecast.method)
+            yield "gradient_checkpointing layer: a step computes a third more", again, at
+            yield "batch_size 1 and gradient_checkpointing layer", again, one
     if forecast.method == "lora":
-        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora")
-        small = replace(config, batch_size=1, gradient_checkpointing="layer")
+        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora"), at
         yield ("a base in 4 bits (qlora), batch_size 1 and gradient_checkpointing layer",
-               Forecast(_with(setting, small), "qlora"))
+               Forecast(recomputing, "qlora"), one)
     if forecast.method == "full":
-        yield "lora", Forecast(setting, "lora")
-        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora")
+        yield "lora", Forecast(setting, "lora"), at
+        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora"), at
     if config.max_length > 128:
-        yield "max_length 128: longer examples are cut", other(max_length=128, batch_size=1)
+        yield "max_length 128: longer examples are cut", forecast, replace(one, length=128)
 
 
 def _with(setting: Setting, config: PlanConfig) -> Setting:
     changed = Setting(config, setting.shapes, setting.device, setting.dtype, setting.rates)
+    changed.steps, changed.quadratic = setting.steps.under(config), setting.quadratic
     for name in ("model", "weights", "largest_tensor", "values", "head", "biases", "linears", "targets"):
         if name in setting.__dict__:  # they do not depend on what is changed here
             changed.__dict__[name] = setting.__dict__[name]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.bases.heads import head_modules
+from deltaw.bases.quantize import linear_layers
 from deltaw.inject import Target
 from deltaw.plan import counts, memory
 from deltaw.plan.calibrate import Rates
@@ -22,7 +24,7 @@ from deltaw.plan.devices import Device
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.step import Steps
-from deltaw.plan.timing import optimizer_seconds, seconds_elsewhere, seconds_here, step_work
+from deltaw.plan.timing import FAULTS, optimizer_seconds, seconds_elsewhere, seconds_here, step_work, unpacking_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class Setting:
         self.config, self.shapes, self.device, self.dtype, self.rates = config, shapes, device, dtype, rates
         self.item = memory.item_size(dtype)
         self.steps = Steps(shapes, config, dtype)
+        self.quadratic: float | None = None
+        """Bytes that a token keeps for each token of its example, once they are known."""
         self.gpu = device.kind == "gpu"
-        self.framework = float(config.resident or (memory.FRAMEWORK_GPU if self.gpu else memory.FRAMEWORK_CPU))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -90,8 +93,10 @@ class Setting:
     def linears(self) -> list[int]:
         """Sizes of the matrices that a quantizer takes: linear layers that are no output layer."""
         model: Any = self.model
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head] or [0]
+        heads = head_modules(model)
+        output = model.get_output_embeddings()
+        return [layer.weight.numel() for name, layer in linear_layers(model).items() if layer is not output
+                and not any(name == head or name.startswith(head + ".") for head in heads)] or [0]
 
 
 class Forecast:
@@ -100,6 +105,14 @@ class Forecast:
     def __init__(self, setting: Setting, method: Method) -> None:
         self.setting, self.method = setting, method
         self._sizes: dict[int, Sizes] = {}
+
+    @property
+    def framework(self) -> float:
+        """What is held before a weight is."""
+        setting, config = self.setting, self.setting.config
+        quantized = self.method == "qlora" and config.quantize != "none"
+        here = memory.FRAMEWORK_CPU + (memory.LIBRARY_CPU if quantized else 0)
+        return float(config.resident or (memory.FRAMEWORK_GPU if setting.gpu else here))
 
     def trained(self, rank: int) -> int:
         """Trained values, a classifier's head among them."""
@@ -148,36 +161,42 @@ class Forecast:
         b, n = config.batch_size, config.max_length
         first = steps.at(self.method, b, n).kept
         if at.batch != b or at.length != n:
-            second = steps.at(self.method, b, max(2, n // 2)).kept
-            half = max(2, n // 2)
-            c2 = max(0.0, (first / (b * n) - second / (b * half)) / (n - half)) if n > half else 0.0
-            c1 = first / (b * n) - c2 * n
-            first = at.batch * at.length * (c1 + c2 * at.length)
+            c2 = self._quadratic()
+            first = at.batch * at.length * (first / (b * n) + c2 * (at.length - n))
         tokens, item = at.batch * at.length, self.setting.item
         if self.method in ("lora", "qlora"):
             first += (at.rank - config.lora.r) * tokens * item * sum(1 for t in self.setting.targets if t.rank)
         layers = {"adapter-h": 2, "adapter-l": 1, "adapter-p": 1}.get(self.method, 0) * self.setting.dims.layers
         return first + layers * tokens * item * (self.setting.dims.width + 2 * config.bottleneck)
 
+    def _quadratic(self) -> float:
+        """c₂, of masks, which are the same in all ways of tuning: worked out for the first that asks."""
+        setting, config = self.setting, self.setting.config
+        if setting.quadratic is None:
+            b, n, half = config.batch_size, config.max_length, max(2, config.max_length // 2)
+            first, second = (setting.steps.at(self.method, b, length).kept for length in (n, half))
+            setting.quadratic = max(0.0, (first / n - second / half) / b / (n - half)) if n > half else 0.0
+        return setting.quadratic
+
     def peak(self, phase: Phase, at: At | None = None) -> Memory:
         """The most that this phase of a run holds."""
         setting, config = self.setting, self.setting.config
         at = at or self.asked
-        sizes, item, framework = self.sizes(at.rank), setting.item, setting.framework
+        sizes, item, framework = self.sizes(at.rank), setting.item, self.framework
         if at.adapters != config.adapters:
             config = replace(config, adapters=at.adapters)
         if phase == "merge":
             return memory.merging(sizes, memory.FRAMEWORK_CPU)
         if phase == "load":
-            return memory.loading(sizes, config, self.method, item, framework)
+            return memory.loading(sizes, config, self.method, item, framework, gpu=setting.gpu)
         if phase == "save":
-            return memory.saving(sizes, config, self.method, item, framework)
+            return memory.saving(sizes, config, self.method, item, framework, gpu=setting.gpu)
         step = setting.steps.at(self.method, config.batch_size, config.max_length)
         share = at.batch * at.length / config.tokens
         if phase == "evaluate":
             cache = 2 * setting.dims.layers * setting.dims.keys * item * at.batch * (at.length + config.max_new_tokens)
             return memory.evaluation(sizes, config, self.method, item, framework, forward=step.forward * share,
-                                     cache=float(cache), batch=at.batch, length=at.length)
+                                     cache=float(cache), batch=at.batch, length=at.length, gpu=setting.gpu)
         return memory.training(sizes, config, self.method, item, framework, kept=self.kept(at),
                                over=step.over * share, batch=at.batch, length=at.length, gpu=setting.gpu)
 
@@ -203,9 +222,12 @@ class Forecast:
         sizes = self.sizes(config.lora.r)
         work = step_work(step.work, sizes, config, config.batch_size, config.max_length)
         if setting.rates is not None:
-            pass_ = seconds_here(work, setting.rates)
+            pass_ = seconds_here(work, setting.rates, setting.item)
+            pass_ *= FAULTS if config.gradient_checkpointing != "off" and not setting.gpu else 1.0
         else:
             pass_ = seconds_elsewhere(work, setting.device, _NAMES[setting.dtype])
+        if self.method == "qlora" and config.quantize != "none":
+            pass_ += unpacking_seconds(sizes, config, setting.item, setting.device, setting.rates)
         return config.grad_accumulation * pass_ + optimizer_seconds(sizes, setting.device, setting.rates)
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from deltaw.core.packed import STRIP
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
@@ -24,12 +25,19 @@ PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activati
 
 STRETCH_VALUES = 1 << 24
 """Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
-FRAMEWORK_CPU = 550 << 20
+FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
+LIBRARY_CPU = 60 << 20
+"""bitsandbytes and what it imports."""
+HOLES_CPU = 50 << 20
+"""Holes that loading and preparing leave in a heap which is not given back."""
 FRAMEWORK_GPU = 700 << 20
 """A CUDA context with cuBLAS's workspace; the host's memory is not counted against the card."""
-RETAINED_CPU, RETAINED_GPU = 0.08, 0.05
-"""Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks."""
+RETAINED_CPU, RETAINED_GPU = 0.19, 0.05
+"""Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks. A CPU's gives large
+tensors back at once under gradient checkpointing, and then holds no more than a GPU's."""
+COPIES = 2
+"""Times that a checkpoint is in memory while it is written: each tensor as bytes, and the file that they make."""
 BITS = {"nf4": 4 + 0.127, "fp4": 4 + 0.127, "int8": 8.0}
 """Of a quantized weight: four bits, and with double quantization 8/64 + 32/(64·256) bits of scales (QLoRA, sec. 3)"""
 
@@ -83,12 +91,16 @@ class Sizes:
     """Whether its weights on disk have another format than the one it is computed in."""
 
 
-def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int) -> tuple[float, float]:
-    """Bytes of the frozen base as this method holds it, and of the buffer that one layer is dequantized into."""
+def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *, gpu: bool) -> tuple[float, float]:
+    """Bytes of the frozen base as this method holds it, and of the buffer that one layer is unpacked into.
+
+    A CPU unpacks strips of a layer, a GPU whole layers (`deltaw.core.packed`).
+    """
     if method != "qlora" or config.quantize == "none":
         return sizes.weights, 0.0
     packed = sizes.matrices * BITS[config.quantize] / 8
-    return sizes.weights - sizes.matrices * item + packed, sizes.largest * item
+    buffer = sizes.largest if gpu else min(sizes.largest, STRIP)
+    return sizes.weights - sizes.matrices * item + packed, buffer * item
 
 
 def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool) -> float:
@@ -96,11 +108,12 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     if config.task != "causal-lm":
         return 0.0
     rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
-    buffers = rows * sizes.vocabulary * (item + max(item, 4))
+    values = rows * sizes.vocabulary
+    buffers = values * (item if item >= 4 else item + 4)  # where dtypes allow, log p takes the place of the logits
     if not learns:
         return buffers
     hidden = batch * length * config.supervised * sizes.width * item
-    trained = 2 * sizes.trained_head * item + (rows * sizes.vocabulary * 2 * max(item, 4) if sizes.trained_head else 0)
+    trained = 2 * sizes.trained_head * item + (2 * values * max(item, 4) if sizes.trained_head else 0)
     return buffers + hidden + trained
 
 
@@ -110,9 +123,10 @@ def state_bytes(sizes: Sizes, config: PlanConfig) -> float:
     return 2 * each * sizes.trained
 
 
-def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> dict[str, float]:
+def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *,
+         gpu: bool) -> dict[str, float]:
     """What is there from the first step to the last."""
-    base, buffer = base_weights(sizes, config, method, item)
+    base, buffer = base_weights(sizes, config, method, item, gpu=gpu)
     own = 0 if sizes.inside else sizes.trained * sizes.trained_width
     best = sizes.trained * sizes.trained_width
     return {"framework": framework, "weights": base + buffer, "adapters": config.adapters * own + best,
@@ -122,32 +136,34 @@ def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework:
 def training(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, kept: float,
              over: float, batch: int, length: int, gpu: bool) -> Memory:
     """The most that a step holds: at the loss, at the start of the backward pass, or at its end."""
-    parts = held(sizes, config, method, item, framework)
+    parts = held(sizes, config, method, item, framework, gpu=gpu)
     gradients = config.adapters * sizes.trained * sizes.trained_width
     z = logits(sizes, config, batch, length, item, learns=True)
     # Where gradients of the base's size grow while activations shrink, one of the two ends is the peak. Memory of
-    # activations stays with a CPU's allocator for the next step, so that logits come on top of all of it.
-    moments = [(kept, 0.0, z), (kept + over, 0.0, 0.0), (over, gradients, 0.0)] if gpu else [
+    # activations stays with a CPU's allocator for the next step, so that logits come on top of all of it; but under
+    # gradient checkpointing every large tensor is given back at once (`deltaw.train.memory.release_at_once`).
+    gives_back = gpu or config.gradient_checkpointing != "off"
+    moments = [(kept, 0.0, z), (kept + over, 0.0, 0.0), (over, gradients, 0.0)] if gives_back else [
         (kept + over, 0.0, z), (over, gradients, z)]
     activations, grown, z = max(moments, key=sum)
     parts |= {"gradients": max(grown, gradients if not sizes.inside else 0.0), "activations": activations, "logits": z}
-    share = RETAINED_GPU if gpu else RETAINED_CPU
-    return Memory(parts | {"allocator": share * (activations + grown)})
+    retained = RETAINED_GPU * (activations + grown) if gives_back else HOLES_CPU + RETAINED_CPU * (activations + grown)
+    return Memory(parts | {"allocator": retained})
 
 
 def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, forward: float,
-               cache: float, batch: int, length: int) -> Memory:
+               cache: float, batch: int, length: int, gpu: bool) -> Memory:
     """The most that an evaluation between two steps holds: a forward pass, or the answers' keys and values."""
-    parts = held(sizes, config, method, item, framework)
+    parts = held(sizes, config, method, item, framework, gpu=gpu)
     z = logits(sizes, config, batch, length, item, learns=False)
     return Memory(parts | {"gradients": 0.0, "activations": max(forward, cache), "logits": z, "allocator": 0.0})
 
 
-def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> Memory:
-    """Writing a checkpoint: tensors, moments and best tensors once more, as the bytes of a file."""
-    parts = held(sizes, config, method, item, framework)
-    copy = checkpoint_bytes(sizes, config)
-    return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": float(copy)})
+def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
+    """Writing a checkpoint: tensors, moments and best tensors as the bytes of a file."""
+    parts = held(sizes, config, method, item, framework, gpu=gpu)
+    file = float((1 if gpu else COPIES) * checkpoint_bytes(sizes, config))
+    return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": file})
 
 
 def merging(sizes: Sizes, framework: float) -> Memory:
@@ -156,9 +172,9 @@ def merging(sizes: Sizes, framework: float) -> Memory:
     return Memory({"framework": framework, "weights": float(one), "adapters": 4.0 * sizes.trained})
 
 
-def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float) -> Memory:
+def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
     """Bringing the base in: mapped where its format is right, else tensor by tensor beside its mapped file."""
-    base, _ = base_weights(sizes, config, method, item)
+    base, _ = base_weights(sizes, config, method, item, gpu=gpu)
     quantized = method == "qlora" and config.quantize != "none"
     mapped = 3 * sizes.largest * 4 if quantized else sizes.stored if sizes.recast else 0
     return Memory({"framework": framework, "weights": base, "file": float(mapped)})

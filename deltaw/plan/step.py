@@ -1,8 +1,9 @@
 """One training step on a network without values: what it keeps, what it adds on top, and what it computes.
 
-Tuned as `deltaw train` tunes: inputs of q, k and v shared, examples laid end to end where the base lets it, gradient
-checkpointing as asked for, logits of supervised tokens only, in stretches (their buffers are added by `memory`, since
-they do not depend on the network). Two short networks are run, and what one layer more costs is taken for all others.
+Tuned as `deltaw train` tunes: inputs of q, k and v shared, gated products made again, examples laid end to end where
+the base lets it, gradient checkpointing as asked for, logits of supervised tokens only, in stretches (their buffers are
+added by `memory`, since they do not depend on the network). Two short networks are run, and what one layer more costs
+is taken for all others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import PLACES, attention_modules, packed_attention, takes_packed
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault
@@ -65,16 +67,24 @@ class Steps:
 
     def __init__(self, shapes: Shapes, config: PlanConfig, dtype: torch.dtype) -> None:
         self.shapes, self.config, self.dtype = shapes, config, dtype
-        self._known: dict[Point, Step] = {}
+        self._known: dict[tuple[str, Point], Step] = {}
+        self._forwards: dict[tuple[int, int, int], float] = {}
+
+    def under(self, config: PlanConfig) -> Steps:
+        """The same steps for a config that differs in batch, length and gradient checkpointing only."""
+        other = Steps(self.shapes, config, self.dtype)
+        other._known, other._forwards = self._known, self._forwards
+        return other
 
     def at(self, method: Method, batch: int, length: int, rank: int | None = None) -> Step:
         """A step of this many examples of this length, of the whole network."""
         kind: Method = "lora" if method == "qlora" else "preembed" if method in (
             "prelayer", "adapter-h", "adapter-l", "adapter-p") else method
         point = Point(kind, batch, length, rank or self.config.lora.r)
-        if point not in self._known:
-            self._known[point] = self._whole(point)
-        return self._known[point]
+        key = (self.config.gradient_checkpointing, point)
+        if key not in self._known:
+            self._known[key] = self._whole(point)
+        return self._known[key]
 
     def _whole(self, point: Point) -> Step:
         layers, period = self.shapes.layers, self.shapes.period
@@ -87,8 +97,12 @@ class Steps:
         model = self.shapes.skeleton(self.config.task, self.dtype, layers)
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]), as_on_cpu():
-                return _step(model, replace(self.config, lora=replace(self.config.lora, r=point.rank,
-                             layers_to_transform=None)), point)
+                config = replace(self.config, lora=replace(self.config.lora, r=point.rank, layers_to_transform=None))
+                step = _step(model, config, point)
+                where = (point.batch, point.length, layers)
+                if where not in self._forwards:  # what is tuned hardly matters to a forward that keeps nothing
+                    self._forwards[where] = _forward_alone(model, config, point)
+                return replace(step, forward=self._forwards[where])
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise BaseModelError(Fault(
                 f"base '{self.shapes.source}'", f"a step of it cannot be followed without data "
@@ -98,7 +112,7 @@ class Steps:
 
 
 def _step(model: Any, config: PlanConfig, point: Point) -> Step:
-    """Run a step of a whole small network."""
+    """Run a step of a whole small network; its `forward` is not looked at."""
     tune(model, config, point.method)
     for parameter in model.parameters():  # gradients are known without being heard: here each goes as it comes
         if parameter.requires_grad:
@@ -107,7 +121,7 @@ def _step(model: Any, config: PlanConfig, point: Point) -> Step:
     inputs = example_inputs(point.batch, point.length, packed=packed)
     known = [*tensors_of(model), *inputs.values()]
     with ExitStack() as stack:
-        _checkpointing(model, config, stack)
+        _what_is_made_again(model, config, stack)
         if packed:
             stack.enter_context(packed_attention(model))
         tape = stack.enter_context(Tape(known))
@@ -119,8 +133,7 @@ def _step(model: Any, config: PlanConfig, point: Point) -> Step:
         over = tape.peak - kept
         work = tape.total()
     del out
-    return Step(kept=kept, over=over, forward=_forward_alone(model, config, point), work=work,
-                forward_work=forward_work)
+    return Step(kept=kept, over=over, forward=0.0, work=work, forward_work=forward_work)
 
 
 def _let_go(parameter: Tensor) -> None:
@@ -186,18 +199,23 @@ def _forward(model: Any, config: PlanConfig, inputs: dict[str, Tensor], point: P
     return seen[0]
 
 
-def _checkpointing(model: Any, config: PlanConfig, stack: ExitStack) -> None:
-    """Gradient checkpointing as training does it."""
+def _what_is_made_again(model: Any, config: PlanConfig, stack: ExitStack) -> None:
+    """Gradient checkpointing and gated products, as training has them."""
     wanted = config.gradient_checkpointing
+    inputs = example_inputs(1, ROOM + 1, packed=False)
+    options: dict[str, Any] = {"use_cache": False} if config.task == "causal-lm" else {}
     if wanted == "attention" and takes_packed(model):
-        look = example_inputs(1, ROOM + 1, packed=False)
         with packed_attention(model), attention_modules() as found, torch.no_grad(), Tape():
-            model(**look, use_cache=False)
+            model(**inputs, **options)
         stack.enter_context(_recomputed(found))
     elif wanted != "off":
         enable: Callable[[dict[str, Any]], object] = getattr(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        return
+    with Tape():
+        gated = gated_modules(model, lambda: model(**inputs, **options))
+    stack.enter_context(product_made_again(gated))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The time of a step: what it computes, divided by how fast that goes.
 
-    seconds = Σ products / rate(shape) + attention / rate + Σ max(bytes / bandwidth, start)
+    seconds = Σ (products / rate(shape) + operands / bandwidth) + attention / rate + Σ max(bytes / bandwidth, start)
+              + unpacking
 
 The work is what a `Tape` heard, with the output layer and the optimizer added. Rates are measured ones on this machine,
 and shares of a data sheet's on another, which makes an estimate and no promise.
@@ -15,13 +16,17 @@ from collections.abc import Mapping
 from deltaw.plan.calibrate import Rates
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
-from deltaw.plan.memory import STRETCH_VALUES, Sizes
+from deltaw.plan.memory import BITS, STRETCH_VALUES, Sizes
 from deltaw.plan.tape import Work
 
 _PASSES_OF_LOSS = 8
 """Times that a stretch's logits are read or written by the loss and its gradient."""
 _PASSES_OF_ADAMW = 7
 """Parameter, gradient and two moments read; parameter and moments written."""
+_AROUND = 2.5
+"""What an operation takes with the Python around it in a network, in starts of one in a chain."""
+FAULTS = 1.15
+"""Under gradient checkpointing large tensors are new memory each time (`deltaw.train.memory.release_at_once`)."""
 _GPU_START = 5e-6
 
 
@@ -39,17 +44,19 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     return body.plus(head, rows / stretch).plus(moved, 1.0)
 
 
-def seconds_here(work: Work, rates: Rates) -> float:
-    """On this machine, by the rates that were measured."""
+def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
+    """On this machine, by the rates that were measured, of values that take `item` bytes."""
+    stream, start = between(rates.bytes, max(rates.bytes)), _AROUND * rates.start
     total = work.attention / rates.attention
     for (batch, rows, outputs, inner), times in work.products.items():
         flops = 2.0 * batch * rows * outputs * inner
+        operands = float(item * batch * (rows * inner + inner * outputs + rows * outputs))
         narrow = between(rates.narrow_inner, inner) if inner < min(rows, outputs) else \
             between(rates.narrow_output, min(rows, outputs))
-        total += times * (flops / narrow + rates.start)
+        total += times * (flops / narrow + operands / stream + start)
     others = max(1.0, work.calls - sum(work.products.values()))
     size = work.moved / others / 3 / 4
-    return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * rates.start)
+    return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * start)
 
 
 def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:
@@ -58,6 +65,14 @@ def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:
     rate = device.tflops.get(dtype, device.tflops["fp32"]) * 1e12 * COMPUTE_SHARE
     bandwidth = device.bandwidth * 1e9 * BANDWIDTH_SHARE
     return max(work.flops / rate + work.moved / bandwidth, work.calls * _GPU_START)
+
+
+def unpacking_seconds(sizes: Sizes, config: PlanConfig, item: int, device: Device, rates: Rates | None) -> float:
+    """Unpacking a quantized base: in the forward, in the backward, and where layers are computed again once more."""
+    numbers = float(sizes.matrices * (3 if config.gradient_checkpointing == "layer" else 2))
+    if rates is not None:
+        return numbers / rates.unpack if rates.unpack else 0.0
+    return numbers * (item + BITS[config.quantize] / 8) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
 def optimizer_seconds(sizes: Sizes, device: Device, rates: Rates | None) -> float:

@@ -54,6 +54,11 @@ class Merged:
 def plan_merge(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float], *, into: str | None = None,
                least_survival: float | None = None) -> list[Swap]:
     """All merged weights of a mix, computed and checked; nothing is changed. `rest` is what stays on beside it."""
+    if into == "16bit":
+        raise ConfigError(Fault("merge(into='16bit')", "is not done in memory: the layers of a quantized base can "
+                                "only multiply with packed weights", f"'{REQUANTIZED}'", "On disk: deltaw.merge_files("
+                                "..., into='16bit'), then load the folder that it writes; or leave the adapter "
+                                "unmerged, which loses nothing"))
     if into not in (None, REQUANTIZED):
         raise ConfigError(Fault("merge(into=...)", f"got {into!r}", f"'{REQUANTIZED}'",
                                 "On disk there is also 16bit: deltaw.merge_files"))

@@ -7,7 +7,9 @@ than a warning. What goes wrong in planning itself never stops a run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -24,7 +26,7 @@ from deltaw.train.examples import Examples
 
 MARGIN = 0.25
 """Share by which a plan has to exceed the memory before a run is refused."""
-AHEAD = 70 << 20
+AHEAD = 20 << 20
 """Bytes that libraries still come to hold between loading and the end of the first step."""
 _OF_PLANNING = (DeltawError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, OSError)
 """What planning may fail with on a network that nobody foresaw."""
@@ -52,11 +54,33 @@ def look_ahead(config: TrainConfig, base: Base, examples: Examples) -> list[str]
 
     Nothing where `config.plan` is "off", or where this base cannot be planned.
     """
+    return _said(config, "this run", lambda: plan_config(config, base, examples))
+
+
+def look_ahead_together(config: TrainConfig, base: Base, examples: Mapping[str, Examples], *, trained: Sequence[int],
+                        tokens: int) -> list[str]:
+    """`look_ahead` for a set of jobs: `config` is that of the job with most trained values, `trained` those of each.
+
+    A pass over the base holds `tokens` of any jobs, or one job's batch where that is larger; every job has tensors,
+    gradients and moments of its own.
+    """
+    def asked() -> PlanConfig:
+        own = [plan_config(config, base, found) for found in examples.values()]
+        widest = max(own, key=lambda each: each.tokens)
+        length = max(each.max_length for each in own)
+        batch = max(1, math.ceil(max(tokens, widest.tokens) / length))
+        return replace(widest, batch_size=batch, max_length=length, adapters=max(1, math.ceil(
+            sum(trained) / max(trained))), supervised=max(each.supervised for each in own))
+
+    return _said(config, f"this set of {len(trained)} jobs", asked)
+
+
+def _said(config: TrainConfig, what: str, asks: Callable[[], PlanConfig]) -> list[str]:
     if config.plan == "off":
         return []
     with torch.random.fork_rng():  # the run draws what it would draw without
         try:
-            asked = plan_config(config, base, examples)
+            asked = asks()
             found = plan(asked, search=False)
             method = found.methods[0]
             refused = cannot_fit(found, method) and config.plan == "refuse"
@@ -64,8 +88,8 @@ def look_ahead(config: TrainConfig, base: Base, examples: Examples) -> list[str]
         except _OF_PLANNING:
             return []  # a plan is a service, and the run itself will say what is wrong with it
     if refused:
-        raise ConfigError(Fault("this run", f"needs about {size(method.peak)} of memory ({method.binds}), and "
-                                f"{size(found.device.memory)} can be had", "a run that fits",
+        raise ConfigError(Fault(what, f"needs about {size(method.peak)} of memory ({method.binds}), and "
+                                f"{size(found.device.memory)} can be had", "one that fits",
                                 f"It would with: {better}. To try all the same: plan='warn' (--plan warn)"))
     return lines(found, method.method)
 
@@ -92,7 +116,8 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
         gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
         dtype=str(base.dtype).removeprefix("torch."), device=_device(config),
         rows=len(lengths), epochs=config.epochs, max_steps=config.max_steps, threads=config.threads,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.max_new_tokens, bottleneck=config.baseline.bottleneck,
+        virtual_tokens=max(1, config.baseline.prefix_tokens + config.baseline.infix_tokens),
         resident=resident_memory() + AHEAD if _device(config) == "cpu" and resident_memory() else None)
 
 

@@ -28,7 +28,7 @@ from deltaw.switch import Switchboard, attach, detach
 from deltaw.train.announce import say
 from deltaw.train.config import TrainConfig
 from deltaw.train.cross_entropy import STRETCH_VALUES
-from deltaw.train.foresight import check_weights
+from deltaw.train.foresight import check_weights, look_ahead_together
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.job import ActiveJob, BaseFigures, Job, JobResult
 from deltaw.train.job_checks import Loader, check_jobs, load_jobs, of_job
@@ -109,6 +109,7 @@ class TrainMany:
                 self._attach(job)
             except DeltawError as error:
                 raise type(error)(*of_job(job, error)) from error
+        self.lines += self._plan(todo, examples)
         first = todo[0]
         objective = first.objective if isinstance(first.objective, CausalLoss) else \
             CausalLoss() if first.config.task == "causal-lm" else None
@@ -136,6 +137,13 @@ class TrainMany:
             self.board.use(None)
         else:
             self.board.add(job.name, lora, seed=job.config.seed, original=original)
+
+    def _plan(self, todo: Sequence[Job], examples: Mapping[str, Any]) -> list[str]:
+        """What the set will take at its peak; ConfigError where that cannot fit."""
+        trained = {job.name: sum(target.parameters for target in self.board.table(job.name)) for job in todo}
+        largest = max(todo, key=lambda job: trained[job.name]).config
+        return look_ahead_together(replace(largest, plan=self.first.plan), self.base, examples,
+                                   trained=list(trained.values()), tokens=self.config.budget_tokens)
 
     def _activate(self, job: Job, examples: Any) -> None:
         """Make the attached adapter a job at work, from its checkpoint where the record names one."""

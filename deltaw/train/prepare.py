@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from deltaw import bases
+from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
 from deltaw.core.layers import plain_layers
 from deltaw.inject.blocks import repeated_layers
@@ -27,7 +28,6 @@ from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluating
 from deltaw.train.examples import Examples, Layout
-from deltaw.train.gated import gated_modules, product_made_again
 from deltaw.train.memory import recompute_activations, recomputed, release_at_once
 from deltaw.train.objective import CausalLoss, Inputs, Objective
 from deltaw.train.tuning import Attached

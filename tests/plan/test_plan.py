@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from deltaw.core import LoraConfig
+from deltaw.core.packed import STRIP
 from deltaw.errors import BaseModelError, ConfigError
 from deltaw.plan import Plan, PlanConfig, plan
 from deltaw.plan.calibrate import Rates, calibrate, known_rates
 from deltaw.plan.config import parse_memory
 from deltaw.plan.devices import DEVICES, available_memory, find_device
 from deltaw.plan.fit import last
+from deltaw.plan.memory import Sizes, base_weights, training
 from deltaw.plan.published import page
 from deltaw.plan.table import lines
 from deltaw.plan.tape import Work
-from deltaw.plan.timing import between, seconds_here
+from deltaw.plan.timing import between, seconds_here, unpacking_seconds
 
 SMALL = PlanConfig(model="smollm2-135m", device="rtx3060", batch_size=2, max_length=64, methods=("lora",))
 
@@ -139,10 +141,47 @@ def test_time_is_work_by_rate() -> None:
                   bytes={1: 1e9, 1 << 20: 1e9}, start=0.0)
     work = Work(attention=4e9, moved=3e9, calls=10)
     work.products[1, 1000, 512, 1000] = 2
-    assert seconds_here(work, rates) == pytest.approx(4 / 2 + 3 + 2 * 2 * 1000 * 512 * 1000 / 16e9)
+    operands = 4 * (1000 * 1000 + 2 * 1000 * 512) / 1e9
+    assert seconds_here(work, rates) == pytest.approx(4 / 2 + 3 + 2 * (2 * 1000 * 512 * 1000 / 16e9 + operands))
     assert between({8: 1.0, 512: 8.0}, 64) == pytest.approx(8**0.5)
     assert last(lambda n: n <= 37, 1000) == 37
     assert last(lambda n: False, 1000) == 0
+
+
+SIZES = Sizes(weights=100 << 20, matrices=20 << 20, largest=8 << 20, largest_tensor=8 << 20, vocabulary=1000, width=64,
+              trained=1000, trained_width=4, inside=False)
+
+
+def test_a_processor_unpacks_strips_and_a_gpu_whole_layers() -> None:
+    config = replace(SMALL, quantize="nf4")
+    assert base_weights(SIZES, config, "qlora", 4, gpu=False)[1] == 4 * STRIP
+    packed, buffer = base_weights(SIZES, config, "qlora", 2, gpu=True)
+    assert buffer == 2 * (8 << 20)
+    assert packed == pytest.approx((100 << 20) - 2 * (20 << 20) + (20 << 20) * 4.127 / 8)
+    assert base_weights(SIZES, config, "lora", 2, gpu=True) == (100 << 20, 0.0)
+
+
+def test_unpacking_takes_time_in_every_pass_over_the_base() -> None:
+    here = Rates(narrow_output={1: 1e9}, narrow_inner={1: 1e9}, attention=1e9, bytes={1: 1e9}, start=0.0, unpack=1e6)
+    kept, again = SMALL, replace(SMALL, gradient_checkpointing="layer")
+    assert unpacking_seconds(SIZES, kept, 4, DEVICES["h100"], here) == pytest.approx(2 * (20 << 20) / 1e6)
+    assert unpacking_seconds(SIZES, again, 4, DEVICES["h100"], here) == pytest.approx(3 * (20 << 20) / 1e6)
+    assert 0 < unpacking_seconds(SIZES, kept, 2, DEVICES["h100"], None) < 1e-3
+
+
+def test_under_checkpointing_freed_memory_is_not_counted_beside_logits() -> None:
+    def total(mode: str) -> int:
+        config = replace(SMALL, gradient_checkpointing=mode, batch_size=8)  # type: ignore[arg-type]
+        return training(SIZES, config, "lora", 4, 0.0, kept=1e8, over=1e8, batch=8, length=512, gpu=False).total
+
+    assert total("layer") < total("off") - 3e6
+
+
+def test_gpt2s_transposed_layers_are_quantized_too() -> None:
+    found = plan(PlanConfig(model="gpt2", device="rtx3060", methods=("lora", "qlora"), max_length=64), search=False)
+    linear = 12 * 12 * 768 * 768
+    saved = found["lora"].memory["load"].parts["weights"] - found["qlora"].memory["load"].parts["weights"]
+    assert saved == pytest.approx(linear * (2 - 4.127 / 8), rel=1e-6)
 
 
 def test_a_hub_id_is_read_by_its_headers_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,

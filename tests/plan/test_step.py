@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deltaw
+from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.core import LoraConfig
 from deltaw.data import pack
 from deltaw.data.examples import Example
@@ -62,7 +63,12 @@ def test_activations_without_values_equal_those_of_a_real_step(
         board.share_inputs(lambda: objective.loss(model, batch))
     if checkpointing == "layer":
         recompute_activations(model)
-    real = saved_by_autograd(model, batch, objective)
+        real = saved_by_autograd(model, batch, objective)
+    else:
+        gated = gated_modules(model, lambda: objective.loss(model, batch))
+        assert len(gated) == layers
+        with product_made_again(gated):
+            real = saved_by_autograd(model, batch, objective)
     hidden = 3 * 50 * 64 * 4
     if checkpointing == "off":  # what is alive and not saved: the hidden states that the loss looks at, and angles
         assert planned.kept == pytest.approx(real, abs=2 * hidden)

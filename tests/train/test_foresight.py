@@ -47,7 +47,7 @@ def test_only_what_cannot_fit_is_refused(run: Any, monkeypatch: pytest.MonkeyPat
     limited(monkeypatch, int(peak * (1 - MARGIN) * 1.03))  # too small by the plan, and within what it may be wrong by
     assert "DOES NOT FIT" in look_ahead(config, base, examples)[2]
     limited(monkeypatch, int(peak * (1 - MARGIN) * 0.97))
-    with pytest.raises(ConfigError, match="a run that fits"):
+    with pytest.raises(ConfigError, match="one that fits"):
         look_ahead(config, base, examples)
     warned = TrainConfig.from_dict(config.to_dict() | {"plan": "warn"})
     assert "DOES NOT FIT" in look_ahead(warned, base, examples)[2]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import deltaw
 from deltaw.bases import Base
 from deltaw.errors import ConfigError, DataError, StateError, TargetError
+from deltaw.plan.devices import Device
 from deltaw.train import Job, TrainMany, train_many
 from deltaw.train.passes import gradients
 from deltaw.train.progress import read_metrics
@@ -69,6 +70,27 @@ def test_a_small_budget_changes_who_steps_and_not_what_is_learned(make: Make, al
     for name in "bc":
         assert max(alone(name)) <= SAME, name
 
+
+
+def test_a_set_is_planned_before_its_first_round(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the memory of all its jobs, and refused where that cannot be had."""
+    def peak(count: int) -> float:
+        jobs = [make(f"{count}-{i}", max_steps=1) for i in range(count)]
+        with TrainMany(jobs, together(tmp_path / str(count)), quiet=True) as many:
+            value, unit = next(line for line in many.lines if "at the peak" in line).split()[1:3]
+        return float(value) * {"MB": 1e6, "GB": 1e9}[unit]
+
+    one, eight = peak(1), peak(8)
+    assert eight > one
+    device = Device(name="a small one", kind="cpu", memory=int(one / 2))
+    monkeypatch.setattr("deltaw.plan.run.find_device", lambda *_: device)
+    monkeypatch.setattr("deltaw.train.many.check_weights", lambda _: None)
+    with pytest.raises(ConfigError, match="this set of 2 jobs: needs about"):
+        train_many([make("a"), make("b")], together(tmp_path), quiet=True)
+    warned = [make(name, plan="warn", max_steps=3) for name in "cd"]
+    result = train_many(warned, together(tmp_path), quiet=True)
+    assert statuses(result) == dict.fromkeys("cd", "finished")
+    assert any("DOES NOT FIT" in line for line in result.lines)
 
 
 def test_a_neighbour_that_diverges_is_stopped_and_nobody_else(make: Make, alone: Any, tmp_path: Path) -> None:

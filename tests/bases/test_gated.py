@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaw
-from deltaw.train.gated import gated_modules, product_made_again
+from deltaw.bases.gated import gated_modules, product_made_again
 
 
 class FeedForward(nn.Module):
