@@ -16,6 +16,7 @@ from deltaw.compare.advice import Advice, advise
 from deltaw.compare.arms import Arm, arms_of_comparison, arms_of_sweep, runs_of
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.figures import better
+from deltaw.compare.inputs import check_inputs
 from deltaw.compare.intrinsic import Intrinsic, intrinsic_dimension
 from deltaw.compare.study import TUNED, Run, Tell, read_outcome, run_study
 from deltaw.compare.table import Row, best_first, rows_of
@@ -65,6 +66,7 @@ def compare(config: CompareConfig, tell: Tell | None = None) -> StudyResult:
 
     A method that cannot be used on this model is a row that says why; so is a seed whose run failed.
     """
+    check_inputs(config)
     result = _study("compare", config, arms_of_comparison(config), (), tell)
     if config.intrinsic:
         result = dataclasses.replace(result, intrinsic=tuple(intrinsic_dimension(config, tell or say)))
@@ -73,6 +75,7 @@ def compare(config: CompareConfig, tell: Tell | None = None) -> StudyResult:
 
 def sweep(config: SweepConfig, tell: Tell | None = None) -> StudyResult:
     """Train every point of the grid, or with halving the promising ones to the end; keep the recommended adapter."""
+    check_inputs(config)
     arms = arms_of_sweep(config)
     dropped: list[str] = []
     if config.halving:

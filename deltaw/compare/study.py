@@ -83,7 +83,7 @@ class Outcome:
     peak_memory: int = 0
     """The most bytes held in training."""
     step_seconds: float = 0.0
-    """Mean time of a training step."""
+    """Median time of a training step."""
     steps: int = 0
     """Training steps done."""
     curve: tuple[tuple[int, float], ...] = ()

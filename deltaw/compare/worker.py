@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from deltaw.compare.study import SPEC, TUNED, Outcome, Run, write_outcome
@@ -48,7 +49,8 @@ def do(run: Run, place: Path, identity: str) -> Outcome:
     tuned = place / TUNED
     config = TrainConfig.from_dict({**run.train, **data_of(run, place), "out": str(tuned), "samples": 0,
                                     "resume": True})
-    result = train(config, quiet=True)
+    decides = config.keep_best not in (None, "loss")  # a metric of the held-out rows: it has to be measured on them
+    result = train(config if run.test is None or decides else replace(config, metrics=()), quiet=True)
     figures: Mapping[str, float] = result.after
     rows = int(result.data.get("valid_rows", 0))
     latency: dict[str, float] = {}
@@ -63,7 +65,13 @@ def do(run: Run, place: Path, identity: str) -> Outcome:
     return Outcome(identity=identity, status="done", figures=dict(figures), rows=rows,
                    parameters=result.trained_parameters, base_parameters=result.base_parameters,
                    bytes=result.adapter_bytes, peak_memory=result.peak_memory, steps=result.steps, curve=curve,
-                   step_seconds=result.train_seconds / max(1, result.steps), latency=latency)
+                   step_seconds=step_seconds(result.curve), latency=latency)
+
+
+def step_seconds(curve: Sequence[Mapping[str, Any]]) -> float:
+    """The median time of a step; a machine that does something else for a while does not count."""
+    ends = [float(row["seconds"]) for row in curve if row.get("event") == "step"]
+    return median(after - before for before, after in zip([0.0, *ends], ends, strict=False)) if ends else 0.0
 
 
 def data_of(run: Run, place: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_the_smallest_arm_within_noise_is_recommended() -> None:
     advice = advise(rows, "accuracy")
     assert advice is not None
     assert (advice.best, advice.arm, advice.within_noise) == ("r=64", "r=4", ("r=64", "r=4"))
-    assert "r=4: accuracy 0.8 ± 0.01 is within noise of r=64's 0.81 ± 0.01" in advice.text
+    assert "r=4: accuracy 80 ± 1 is within noise of r=64's 81 ± 1 (difference 1; " in advice.text
     assert "16 times fewer" in advice.text
 
 
