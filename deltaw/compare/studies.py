@@ -48,6 +48,8 @@ class StudyResult:
     """The folder of the recommended arm's best adapter, in a sweep."""
     intrinsic: tuple[Intrinsic, ...] = ()
     """The intrinsic dimension, where it was asked for."""
+    ranks: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    """Of each arm of a sweep: what it shares with arms of other ranks, and its rank."""
     dropped: tuple[str, ...] = ()
     """Arms that halving left behind, in the order in which they fell."""
 
@@ -102,7 +104,8 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], drop
             curves.setdefault(run.arm, list(outcome.curve))
     whole = [row for row in rows if row.size is None] or rows
     return StudyResult(kind=kind, folder=str(folder), config=_plain(config), judged_by=config.judged_by,
-                       rows=tuple(rows), curves=curves, advice=advise(whole, config.judged_by), dropped=tuple(dropped))
+                       rows=tuple(rows), curves=curves, advice=advise(whole, config.judged_by), dropped=tuple(dropped),
+                       ranks={arm.label: (arm.rest, arm.rank) for arm in arms if arm.rank is not None})
 
 
 def _written(result: StudyResult) -> StudyResult:

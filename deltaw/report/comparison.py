@@ -28,7 +28,10 @@ def study_page(result: StudyResult) -> str:
     sized = any(row.size for row in result.rows)
     sections = [
         section("What to take", finding(result.advice.text if result.advice else "")),
-        section("Results", _results(result, sized), "mean ± standard deviation between seeds"),
+        section("Results", _results(result, sized), "mean ± standard deviation between seeds; "
+                + ("Table 5 of the LoRA paper has" if result.config.get("budget") else "Tables 2 to 4 of the LoRA paper have")
+                + " this form"),
+        section("By rank", _by_rank(result), "Tables 6 and 18 of the LoRA paper have this form"),
         section("With few examples", _by_size(result) if sized else "", "Table 16 of the LoRA paper has this form"),
         section("The paper's rows", _published(result), "other models and budgets: compare orders and distances"),
         section("Arms side by side", figure(_side_by_side(result), "mean and one standard deviation between seeds; the "
@@ -54,6 +57,25 @@ def _results(result: StudyResult, sized: bool) -> str:
              number(row.peak_memory / 2**20, ",.0f"), number(row.step_seconds, ".2g"), number(len(row.seeds), "d")]
             for row in result.rows if row.figures]
     return table(columns, rows, caption="One row for each arm", sortable=True)
+
+
+def _by_rank(result: StudyResult) -> str:
+    """Ranks side by side, a row for what the arms have in common; and the same as curves."""
+    figures = {row.arm: row.figures.get(result.judged_by) for row in result.rows}
+    ranks = sorted({rank for _, rank in result.ranks.values()})
+    if len(ranks) < 2:
+        return ""
+    found: dict[str, dict[int, Measured | None]] = {}
+    for arm, (rest, rank) in result.ranks.items():
+        found.setdefault(rest or "every run", {})[rank] = figures.get(arm)
+    columns = [Column(""), *(Column(f"r = {rank}", figure=True) for rank in ranks)]
+    rows = [[rest, *(_measured(result.judged_by, of.get(rank)) for rank in ranks)] for rest, of in found.items()]
+    times = scale(result.judged_by)
+    lines = [Line(rest, [(math.log2(rank), times * value.mean) for rank, value in sorted(of.items()) if value],
+                  f"s{n + 1}", dots=True) for n, (rest, of) in enumerate(list(found.items())[:_CURVES])]
+    chart = line_chart(lines, x_label="log₂ r", y_label=heading(result.judged_by))
+    return table(columns, rows, caption=f"{heading(result.judged_by)} by rank") + figure(
+        chart, f"{heading(result.judged_by)} over the rank, on a scale of powers of two")
 
 
 def _by_size(result: StudyResult) -> str:

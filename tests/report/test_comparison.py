@@ -57,3 +57,14 @@ def test_dots_stand_at_the_mean_with_a_line_of_the_spread() -> None:
     assert none.attrib["x1"] == none.attrib["x2"]
     assert {"a", "b", "accuracy, %"} <= {text.text for text in svg.iter("text")}
     assert dot_chart({"a": measured([1.0])}, x_label="x") == ""
+
+
+def test_ranks_of_a_sweep_stand_side_by_side() -> None:
+    rows = tuple(row(arm, value, value) for arm, value in (("q r=1", 0.5), ("q r=64", 0.6), ("q+v r=1", 0.7)))
+    ranks = {"q r=1": ("q", 1), "q r=64": ("q", 64), "q+v r=1": ("q+v", 1)}
+    text = study_page(StudyResult(kind="sweep", folder="s", config={"train": {"model": "m", "data": "d"}}, ranks=ranks,
+                                  judged_by="accuracy", rows=rows, curves={}))
+    part = text[text.index("By rank"):]
+    assert part.index("r = 1<") < part.index("r = 64<")
+    cells = part[part.index("<tbody>"):part.index("</tbody>")]
+    assert [cells.count(said) for said in ("50 ± 0", "60 ± 0", "70 ± 0", "–")] == [1, 1, 1, 1]
