@@ -28,9 +28,8 @@ def study_page(result: StudyResult) -> str:
     sized = any(row.size for row in result.rows)
     sections = [
         section("What to take", finding(result.advice.text if result.advice else "")),
-        section("Results", _results(result, sized), "mean ± standard deviation between seeds; "
-                + ("Table 5 of the LoRA paper has" if result.config.get("budget") else "Tables 2 to 4 of the LoRA paper have")
-                + " this form"),
+        section("Results", _results(result, sized), "mean ± standard deviation between seeds; as "
+                + ("Table 5" if result.config.get("budget") else "Tables 2 to 4") + " of the LoRA paper"),
         section("By rank", _by_rank(result), "Tables 6 and 18 of the LoRA paper have this form"),
         section("With few examples", _by_size(result) if sized else "", "Table 16 of the LoRA paper has this form"),
         section("The paper's rows", _published(result), "other models and budgets: compare orders and distances"),
