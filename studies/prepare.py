@@ -17,12 +17,12 @@ from typing import TypeVar
 
 Row = Mapping[str, str]
 Thing = TypeVar("Thing")
-VALID, TEST = 100, 200
-"""Rows held out of training data that come without a valid part, and rows to judge on."""
+VALID, TEST, REFERENCES = 100, 200, 4
+"""Rows held out of training data without a valid part, rows to judge on, references of an input of E2E."""
 
 
 def e2e(source: Path, target: Path) -> None:
-    """E2E NLG: the inputs of devset.csv to train and hold out, those of testset_w_refs.csv with all references.
+    """E2E NLG: the inputs of devset.csv to train and hold out, those of testset_w_refs.csv to judge on.
 
     The training set itself is not needed: its dev part has 547 inputs, which share none with the test part.
     """
@@ -31,7 +31,7 @@ def e2e(source: Path, target: Path) -> None:
     held = inputs[:20]
     _write(target / "train.jsonl", _shuffled([row for key in inputs[20:] for row in known[key]]))
     _write(target / "valid.jsonl", [row for key in held for row in known[key][:3]])
-    _write(target / "test.jsonl", [row for key in _shuffled(new)[:16] for row in new[key]])
+    _write(target / "test.jsonl", [row for key in _shuffled(new)[:16] for row in new[key][:REFERENCES]])
 
 
 def sst2(source: Path, target: Path) -> None:
