@@ -87,6 +87,11 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
                 ["arm", *(["examples"] if any(row.size for row in result.rows) else []), *map(heading, names),
                  "trained values",
                  "% of base", "saved", "peak memory", "step"], [_cells(row, names, result) for row in result.rows])
+    for row in result.rows:
+        if row.not_applicable:
+            print(f"{row.arm} does not apply: {row.not_applicable}")
+        for seed, why in row.failed.items():
+            print(f"{row.arm}, seed {seed}, failed: {why}")
     if result.advice is not None:
         print(result.advice.text)
     print_next(commands, page)
@@ -95,8 +100,7 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
 def _cells(row: Row, names: Sequence[str], result: StudyResult) -> list[str]:
     sized = [f"{row.size:,}" if row.size else "all"] if any(r.size for r in result.rows) else []
     if not row.figures:
-        why = "n/a: " + row.not_applicable if row.not_applicable else "failed: " + next(iter(row.failed.values()), "")
-        return [row.arm, *sized, why, *[""] * (len(names) + 4)]
+        return [row.arm, *sized, *["n/a" if row.not_applicable else "failed"] * len(names), *[""] * 5]
     failed = f" ({len(row.failed)} failed)" if row.failed else ""
     figures = [shown(name, row.figures[name]) if name in row.figures else "" for name in names]
     return [row.arm + failed, *sized, *figures,
