@@ -52,8 +52,8 @@ def banking77(source: Path, target: Path) -> None:
 
 def wikisql(source: Path, target: Path) -> None:
     """WikiSQL: a question and its query; the tables are not part of it, so that nothing can be executed."""
-    train, test = ([{"prompt": row["question"], "completion": row["sql"]}
-                    for row in map(json.loads, (source / f"wikisql_{name}.jsonl").open(encoding="utf-8"))]
+    train, test = ([{"prompt": row["question"], "completion": row["sql"]} for row in
+                    map(json.loads, (source / f"wikisql_{name}.jsonl").read_text(encoding="utf-8").splitlines())]
                    for name in ("train", "test"))
     _held_out(train, test, target, TEST)
 
