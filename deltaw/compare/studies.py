@@ -103,7 +103,7 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], drop
         if outcome.curve and run.size is None:
             curves.setdefault(run.arm, list(outcome.curve))
     whole = [row for row in rows if row.size is None] or rows
-    return StudyResult(kind=kind, folder=str(folder), config=_plain(config), judged_by=config.judged_by,
+    return StudyResult(kind=kind, folder=str(folder), config=plain(config), judged_by=config.judged_by,
                        rows=tuple(rows), curves=curves, advice=advise(whole, config.judged_by), dropped=tuple(dropped),
                        ranks={arm.label: (arm.rest, arm.rank) for arm in arms if arm.rank is not None})
 
@@ -170,7 +170,8 @@ def _figures(folder: Path, runs: Sequence[Run], figure: str) -> list[tuple[Run, 
     return [(run, outcome.figures[figure]) for run, outcome in found if outcome and figure in outcome.figures]
 
 
-def _plain(config: CompareConfig | SweepConfig) -> dict[str, Any]:
+def plain(config: CompareConfig | SweepConfig) -> dict[str, Any]:
+    """A study's config as plain JSON values."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     own = {"baseline": config.baseline.to_dict()} if isinstance(config, CompareConfig) else {}
     return values | {"train": config.train.to_dict(), "beams": dataclasses.asdict(config.beams)} | own
