@@ -37,7 +37,7 @@ def _budget(result: Values, files: Sequence[Path]) -> str:
     finished = sum(len(row["seeds"]) for row in result["rows"])
     seconds = sum(len(row["seeds"]) * row["step_seconds"] * train["max_steps"] for row in result["rows"])
     beams = result["config"]["beams"]["num_beams"]
-    return (f"**Budget.** {finished} runs of {len(result['rows'])} arms; {train['max_steps']} steps of "
+    return (f"**Budget.** {finished} runs, {len(result['rows'])} arms; {train['max_steps']} steps of "
             f"{train['batch_size']} examples of {runs[0]['data']['train_rows']:,}, "
             f"{median(run['tokens'] for run in runs):,.0f} tokens in the median run; judged on "
             f"{result['config']['test_rows'] or 'all'} test rows" + (f", {beams} beams" if beams > 1 else "")

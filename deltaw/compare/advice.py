@@ -40,6 +40,9 @@ def advise(rows: Sequence[Row], figure: str) -> Advice | None:
     best = ordered[0]
     top = best.figures[figure]
     groups = [row.figures[figure] for row in ordered]
+    if len(ordered) == 1:
+        return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=(best.arm,), noise=top.sd,
+                      text=f"{best.arm} has {figure} {shown(figure, top)}; no other arm has one to compare it with.")
     noise = pooled(groups)
     if noise is None:
         text = (f"{best.arm} has the best {figure}, {shown(figure, top)}. With one seed it is not known how much of "
@@ -63,8 +66,8 @@ def _words(chosen: Row, best: Row, figure: str, noise: float, allowed: float) ->
     mine, top = (row.figures[figure].times(scale(figure)) for row in (chosen, best))
     noise, allowed = noise * scale(figure), allowed * scale(figure)
     if chosen is best:
-        return (f"Take {best.arm}: {figure} {top}, the best, and every smaller arm is worse by more than the seeds' "
-                f"noise (± {noise:.2g}).")
+        return (f"Take {best.arm}: {figure} {top}, the best, and no smaller arm is within the seeds' noise of it "
+                f"(± {noise:.2g}).")
     times = best.parameters / chosen.parameters if chosen.parameters else 0.0
     return (f"Take {chosen.arm}: {figure} {mine} is within noise of {best.arm}'s {top} (difference "
             f"{abs(mine.mean - top.mean):.2g}; chance alone exceeds {allowed:.2g} one time in twenty), with "

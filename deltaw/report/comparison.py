@@ -29,7 +29,7 @@ def study_page(result: StudyResult) -> str:
     sections = [
         section("What to take", finding(result.advice.text if result.advice else "")),
         section("Results", _results(result, sized), "mean ± standard deviation between seeds; as "
-                + ("Table 5" if result.config.get("budget") else "Tables 2 to 4") + " of the LoRA paper"),
+                + ("Tables 2 to 4" if result.kind == "compare" else "Table 5") + " of the LoRA paper"),
         section("By rank", _by_rank(result), "Tables 6 and 18 of the LoRA paper have this form"),
         section("With few examples", _by_size(result) if sized else "", "Table 16 of the LoRA paper has this form"),
         section("The paper's rows", _published(result), "other models and budgets: compare orders and distances"),
@@ -114,8 +114,9 @@ def _side_by_side(result: StudyResult) -> str:
 
 
 def _curves(result: StudyResult) -> str:
+    curves = [(arm, curve) for arm, curve in result.curves.items() if len(curve) > 1]  # one point is no curve
     lines = [Line(arm, [(float(step), loss) for step, loss in curve], f"s{number_of + 1}")
-             for number_of, (arm, curve) in enumerate(list(result.curves.items())[:_CURVES])]
+             for number_of, (arm, curve) in enumerate(curves[:_CURVES])]
     return line_chart(lines, x_label="step", y_label="held-out loss")
 
 
