@@ -91,6 +91,8 @@ def _inside(source: str, folder: Path, *, deep: bool = False) -> Place:
     """The model in a folder: its config.json, or its only GGUF file; with `deep`, in its subfolders too."""
     start = "**/" if deep else ""
     configs = [p for p in folder.glob(start + "config.json") if p.is_file()]
+    # Encoders come with the settings of what they are used in: a config.json without weights beside it is no model.
+    configs = [p for p in configs if any(p.parent.glob("*.safetensors"))] or configs
     if len(configs) == 1:
         return _checked(Place(source, "folder", configs[0].parent))
     ggufs = sorted(p for p in folder.glob(start + "*.gguf") if p.is_file())

@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_adapters(paths: Sequence[str]) -> dict[str, Adapter]:
-    """The adapters by the last parts of their paths, as few as tell them apart. All faults at once."""
+    """The adapters by the parts of their paths that tell them apart. All faults at once."""
     read, faults = dict[str, "Adapter"](), list[Fault | str]()
     for path in dict.fromkeys(paths):
         try:
@@ -120,10 +120,21 @@ def read_adapters(paths: Sequence[str]) -> dict[str, Adapter]:
             faults += error.faults
     if faults:
         raise AdapterFileError(*faults)
-    parts = {path: Path(path).parts for path in read}
-    depth = next(d for d in range(1, 1 + max(map(len, parts.values())))
-                 if len({p[-d:] for p in parts.values()}) == len(parts) or d == max(map(len, parts.values())))
-    return {"/".join(parts[path][-depth:]): adapter for path, adapter in read.items()}
+    return dict(zip(short_names(list(read)), read.values(), strict=True))
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The parts of different paths that tell them apart, counted from the end: the name alone of a single one.
+
+    >>> short_names(["runs/r=8/all/seed-0/adapter", "runs/r=64/all/seed-1/adapter"])
+    ['r=8/seed-0', 'r=64/seed-1']
+    """
+    parts = [Path(path).parts for path in paths]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    shared = {n for n in range(1, 1 + max(map(len, parts), default=0)) if len({p[-n:][:1] for p in parts}) == 1}
+    short = ["/".join(part for n, part in zip(range(len(p), 0, -1), p, strict=True) if n not in shared) for p in parts]
+    return short if all(short) and len(set(short)) == len(short) else ["/".join(p) for p in parts]
 
 
 def open_bases(config: AnalyseOptions, adapters: Mapping[str, Adapter]) -> dict[str, BaseWeights]:

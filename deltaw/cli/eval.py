@@ -145,20 +145,18 @@ def open_both(config: EvalOptions, adapter: Adapter | SavedBaseline | None) -> t
 def encode(config: EvalOptions, adapter: Adapter | SavedBaseline | None, base: Any,
            labels: list[str] | None) -> EncodedData:
     """The examples as tokens."""
-    from deltaw.data import available_splits, load_data
+    from deltaw.data import judged_split, load_data
 
     trained = training_facts(adapter)
-    there = available_splits(config.data)
-    split: str = config.split or next(name for name in ("test", "valid", "train") if name in there)
     task: Literal["causal-lm", "seq-cls"] = "causal-lm" if labels is None else "seq-cls"
     limit = base.max_positions
     if limit is not None and labels is not None and adapter is not None:  # that base was opened without the adapter
         limit -= getattr(adapter, "takes_positions", 0)
     length = config.max_length or min(trained.get("max_length") or 1024, limit or 1024)
     columns = trained.get("columns") if config.columns is None else config.columns
-    return load_data(config.data, tokenizer=base.tokenizer, task=task, split=split, columns=columns or None,
-                     max_length=length, model_limit=limit, labels=labels,
-                     train_on=config.train_on or trained.get("train_on") or "completion")
+    return load_data(config.data, tokenizer=base.tokenizer, task=task, columns=columns or None,
+                     split=config.split or judged_split(config.data), max_length=length, model_limit=limit,
+                     labels=labels, train_on=config.train_on or trained.get("train_on") or "completion")
 
 
 def measure(opened: Opened, data: EncodedData, rows: range, config: EvalOptions,

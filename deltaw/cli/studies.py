@@ -16,6 +16,7 @@ from deltaw.cli.output import print_json, print_next, print_table
 from deltaw.cli.parser import Parser, UsageError
 from deltaw.cli.train import METAVARS
 from deltaw.compare.config import CompareConfig, StudyConfig, SweepConfig
+from deltaw.compare.figures import heading, shown
 from deltaw.core.config import LoraConfig
 from deltaw.errors import near
 from deltaw.train.beams import Beams
@@ -85,10 +86,16 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
         return
     names = list(dict.fromkeys(name for row in result.rows for name in row.figures))
     print_table(f"{result.kind}: {Path(result.folder).name}",
-                ["arm", *(["examples"] if any(row.size for row in result.rows) else []), *names, "trained values",
+                ["arm", *(["examples"] if any(row.size for row in result.rows) else []), *map(heading, names),
+                 "trained values",
                  "% of base", "saved", "peak memory", "step"], [_cells(row, names, result) for row in result.rows])
     if any(row.together > 1 for row in result.rows):
         print(SHARED)
+    for row in result.rows:
+        if row.not_applicable:
+            print(f"{row.arm} does not apply: {row.not_applicable}")
+        for seed, why in row.failed.items():
+            print(f"{row.arm}, seed {seed}, failed: {why}")
     if result.advice is not None:
         print(result.advice.text)
     print_next(commands, page)
@@ -97,10 +104,10 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
 def _cells(row: Row, names: Sequence[str], result: StudyResult) -> list[str]:
     sized = [f"{row.size:,}" if row.size else "all"] if any(r.size for r in result.rows) else []
     if not row.figures:
-        why = "n/a: " + row.not_applicable if row.not_applicable else "failed: " + next(iter(row.failed.values()), "")
-        return [row.arm, *sized, why, *[""] * (len(names) + 4)]
+        return [row.arm, *sized, *["n/a" if row.not_applicable else "failed"] * len(names), *[""] * 5]
     failed = f" ({len(row.failed)} failed)" if row.failed else ""
     shared = f" ({row.together} runs)" if row.together > 1 else ""
-    return [row.arm + failed, *sized, *(str(row.figures[name]) if name in row.figures else "" for name in names),
+    figures = [shown(name, row.figures[name]) if name in row.figures else "" for name in names]
+    return [row.arm + failed, *sized, *figures,
             f"{row.parameters:,}", f"{100 * row.share:.3g}", f"{row.bytes / 2**20:,.1f} MiB",
             f"{row.peak_memory / 2**20:,.0f} MiB{shared}", f"{row.step_seconds:.3g} s{shared}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deltaw.compare.figures import scale, shown
 from deltaw.compare.noise import margin, pooled
 from deltaw.compare.table import Row, best_first
 
@@ -39,14 +40,17 @@ def advise(rows: Sequence[Row], figure: str) -> Advice | None:
     best = ordered[0]
     top = best.figures[figure]
     groups = [row.figures[figure] for row in ordered]
+    if len(ordered) == 1:
+        return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=(best.arm,), noise=top.sd,
+                      text=f"{best.arm} has {figure} {shown(figure, top)}; no other arm has one to compare it with.")
     noise = pooled(groups)
     if noise is None:
-        text = (f"{best.arm} has the best {figure}, {top.mean:.4g}. With one seed it is not known how much of the "
-                "differences is chance: compare with --seeds 0,1,2.")
+        text = (f"{best.arm} has the best {figure}, {shown(figure, top)}. With one seed it is not known how much of "
+                "the differences is chance: compare with --seeds 0,1,2.")
         return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=(), noise=None, text=text)
     if len(groups) > 1 and noise == 0.0 and all(group.mean == top.mean for group in groups):
-        text = (f"Every arm has the same {figure}, {top.mean:.4g}, with every seed: judge by a figure that tells them "
-                "apart.")
+        text = (f"Every arm has the same {figure}, {scale(figure) * top.mean:.4g}, with every seed: judge by a figure "
+                "that tells them apart.")
         return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=tuple(row.arm for row in ordered),
                       noise=noise, text=text)
     freedom = sum(group.n - 1 for group in groups)
@@ -59,10 +63,11 @@ def advise(rows: Sequence[Row], figure: str) -> Advice | None:
 
 
 def _words(chosen: Row, best: Row, figure: str, noise: float, allowed: float) -> str:
-    mine, top = chosen.figures[figure], best.figures[figure]
+    mine, top = (row.figures[figure].times(scale(figure)) for row in (chosen, best))
+    noise, allowed = noise * scale(figure), allowed * scale(figure)
     if chosen is best:
-        return (f"Take {best.arm}: {figure} {top}, the best, and every smaller arm is worse by more than the seeds' "
-                f"noise (± {noise:.2g}).")
+        return (f"Take {best.arm}: {figure} {top}, the best, and no smaller arm is within the seeds' noise of it "
+                f"(± {noise:.2g}).")
     times = best.parameters / chosen.parameters if chosen.parameters else 0.0
     return (f"Take {chosen.arm}: {figure} {mine} is within noise of {best.arm}'s {top} (difference "
             f"{abs(mine.mean - top.mean):.2g}; chance alone exceeds {allowed:.2g} one time in twenty), with "

@@ -17,7 +17,7 @@ from deltaw.switch import attach
 from deltaw.train.config import TrainConfig
 
 RATES: Mapping[str, float] = {
-    "full": 5e-5, "ft-top-k": 5e-5, "bitfit": 1.6e-3, "preembed": 5e-3, "prelayer": 1e-3, "prefix": 1e-3,
+    "full": 5e-5, "ft-top-k": 5e-5, "bitfit": 1.6e-3, "preembed": 5e-3, "prelayer": 1e-3,
     "adapter-h": 3e-4, "adapter-l": 3e-4, "adapter-p": 3e-4, "adapter-d": 3e-4, "lora": 5e-4, "lora+pe": 5e-4,
     "lora+pl": 5e-4, "head": 1e-3, "subspace": 1e-2,
 }
@@ -32,11 +32,15 @@ class Arm:
     label: str
     options: Mapping[str, Any]
     """Options of `TrainConfig` that differ; those of the adapter under "lora"."""
+    rank: int | None = None
+    """In a sweep: the rank, by which arms that are equal otherwise stand side by side."""
+    rest: str = ""
+    """In a sweep: the rest of the point: targets, scale and rate."""
 
 
 def arms_of_comparison(config: CompareConfig) -> list[Arm]:
     """The methods, then the arms that were spelled out."""
-    named = [Arm(method, {"method": method, "learning_rate": RATES.get(method, config.train.learning_rate)})
+    named = [Arm(method, {"method": method, "learning_rate": RATES[method] * config.rate_factor})
              for method in config.methods if method not in config.arms]
     spelled = [Arm(label, dict(options)) for label, options in config.arms.items()]
     return [_with_own_options(arm, config) for arm in named + spelled]
@@ -60,7 +64,8 @@ def arms_of_sweep(config: SweepConfig) -> list[Arm]:
             lora: dict[str, Any] = {"r": rank} | ({"target_modules": target_names(targets)} if targets else {})
             lora |= scaled(replace(config.train.lora, r=rank), rule)
             rates = {} if rate is None else {"learning_rate": rate}
-            arms.append(Arm(_label(targets, rank, rule, rate), {**rates, "lora": lora}))
+            rest = _label(targets, None, rule, rate)
+            arms.append(Arm(_label(targets, rank, rule, rate), {**rates, "lora": lora}, rank, rest))
     return arms
 
 
@@ -125,11 +130,12 @@ def _labels(train: TrainConfig) -> dict[str, Any]:
     return {"labels": ["a", "b"]} if train.task == "seq-cls" else {}
 
 
-def _label(targets: str | None, rank: int, rule: str | None, rate: float | None) -> str:
+def _label(targets: str | None, rank: int | None, rule: str | None, rate: float | None) -> str:
     def parts() -> Iterator[str]:
         if targets is not None:
             yield targets
-        yield f"r={rank}"
+        if rank is not None:
+            yield f"r={rank}"
         if rule is not None:
             yield "rank-stabilised" if rule == "rs" else f"alpha={rule}"
         if rate is not None:

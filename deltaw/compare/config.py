@@ -80,6 +80,8 @@ class CompareConfig(StudyConfig):
 
     methods: tuple[str, ...] = ("lora", "full", "bitfit")
     """Tuning methods, each with the rate that its paper used unless `arms` says otherwise."""
+    rate_factor: float = 1.0
+    """What the methods' own rates are multiplied with: small models and short runs take larger ones."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     """Options of the other methods; each takes those that are its own."""
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -107,6 +109,8 @@ class CompareConfig(StudyConfig):
                    for method in self.methods if method not in OPTIONS]
         if self.paper is not None and self.paper not in TABLES:
             faults.append(self.fault("paper", "one of " + ", ".join(TABLES), near(str(self.paper), TABLES)))
+        if not 0 < self.rate_factor < float("inf"):
+            faults.append(self.fault("rate_factor", "a number above 0"))
         if any(size < 0 for size in self.sizes):
             faults.append(self.fault("sizes", "numbers >= 0"))
         if self.intrinsic and not is_measurable(self.judged_by):

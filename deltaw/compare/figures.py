@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from deltaw.compare.noise import Measured
+from deltaw.train.metrics import SHARES
+
 LOWER_IS_BETTER = ("loss", "perplexity", "ter")
+
+
+_OF_A_HUNDRED = (*SHARES, "meteor", "meteor_exact_stem", "rouge1", "rouge2", "rougeL")
+"""Figures from 0 to 1 that tables print, as papers do, times 100."""
+
+
+def scale(figure: str) -> int:
+    """What a figure is multiplied with where a person reads it: 100 for shares, as the papers print them."""
+    return 100 if figure in _OF_A_HUNDRED else 1
+
+
+def heading(figure: str) -> str:
+    """A figure's name over a column of what `shown` says."""
+    return f"{figure}, %" if scale(figure) == 100 else figure
+
+
+def shown(figure: str, value: Measured) -> str:
+    """A figure over seeds as a person reads it."""
+    return str(value.times(scale(figure)))
 
 
 def better(figure: str, one: float, other: float) -> bool:

@@ -51,14 +51,14 @@ def intrinsic_dimension(config: CompareConfig, tell: Tell) -> list[Intrinsic]:
         runs = runs_of(config, [arm])
         return rows_of(runs, run_study(folder, runs, tell))[0]
 
-    full = measured(Arm("full", {"method": "full", "learning_rate": RATES["full"]}))
+    full = measured(Arm("full", {"method": "full", "learning_rate": RATES["full"] * config.rate_factor}))
     if config.judged_by not in full.figures:
         return []
     top = full.figures[config.judged_by].mean
     found = []
     for measure, aware in (("DID", False), ("SAID", True)):
         def figure(d: int, measure: str = measure, aware: bool = aware) -> float | None:
-            options = {"method": "subspace", "learning_rate": RATES["subspace"],
+            options = {"method": "subspace", "learning_rate": RATES["subspace"] * config.rate_factor,
                        "baseline": {"dimension": d, "structure_aware": aware}}
             row = measured(Arm(f"{measure} d={d}", options))
             return row.figures[config.judged_by].mean if config.judged_by in row.figures else None

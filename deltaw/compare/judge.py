@@ -14,7 +14,7 @@ import torch
 from deltaw import baselines, bases
 from deltaw.baselines import Baseline
 from deltaw.compare.study import Run
-from deltaw.data import EncodedData, available_splits, load_data
+from deltaw.data import EncodedData, judged_split, load_data
 from deltaw.train.beams import Beams
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluate, evaluating
@@ -41,7 +41,8 @@ def judge(run: Run, config: TrainConfig, tuned_folder: Path, labels: list[str] |
     """
     if base is None:
         base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=labels,
-                               device=config.chosen_device())
+                               device=config.chosen_device(), double_quant=config.double_quant,
+                               quantize=None if config.quantize == "none" else config.quantize)
     tuned = baselines.load(tuned_folder, base.model)
     try:
         return _judged(run, config, tuned, base, labels)
@@ -65,12 +66,10 @@ def _judged(run: Run, config: TrainConfig, tuned: Baseline, base: bases.Base, la
 
 def test_data(source: str, config: TrainConfig, base: bases.Base, labels: list[str] | None) -> EncodedData:
     """The test data, read like the training data."""
-    there = available_splits(source)
-    split = next(name for name in ("test", "valid", "train") if name in there)
     limit = base.max_positions
-    return load_data(source, tokenizer=base.tokenizer, task=config.task, split=split, columns=config.columns or None,
-                     max_length=config.max_length or min(1024, limit or 1024), model_limit=limit,
-                     train_on=config.train_on, labels=labels)
+    return load_data(source, tokenizer=base.tokenizer, task=config.task, split=judged_split(source),
+                     columns=config.columns or None, max_length=config.max_length or min(1024, limit or 1024),
+                     model_limit=limit, train_on=config.train_on, labels=labels)
 
 
 def times(tuned: Baseline, base: bases.Base) -> dict[str, float]:

@@ -16,6 +16,10 @@ class Measured:
     """Standard deviation between seeds (n - 1); None of one seed."""
     n: int
 
+    def times(self, factor: float) -> Measured:
+        """The same in another unit."""
+        return Measured(self.mean * factor, None if self.sd is None else self.sd * factor, self.n)
+
     def __str__(self) -> str:
         return f"{self.mean:.4g}" if self.sd is None else f"{self.mean:.4g} ± {self.sd:.2g}"
 

@@ -16,6 +16,7 @@ from deltaw.compare.advice import Advice, advise
 from deltaw.compare.arms import Arm, arms_of_comparison, arms_of_sweep, runs_of
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.figures import better
+from deltaw.compare.inputs import check_inputs
 from deltaw.compare.intrinsic import Intrinsic, intrinsic_dimension
 from deltaw.compare.study import TUNED, Run, Tell, read_outcome, run_study
 from deltaw.compare.table import Row, best_first, rows_of
@@ -47,6 +48,8 @@ class StudyResult:
     """The folder of the recommended arm's best adapter, in a sweep."""
     intrinsic: tuple[Intrinsic, ...] = ()
     """The intrinsic dimension, where it was asked for."""
+    ranks: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    """Of each arm of a sweep: what it shares with arms of other ranks, and its rank."""
     dropped: tuple[str, ...] = ()
     """Arms that halving left behind, in the order in which they fell."""
 
@@ -65,6 +68,7 @@ def compare(config: CompareConfig, tell: Tell | None = None) -> StudyResult:
 
     A method that cannot be used on this model is a row that says why; so is a seed whose run failed.
     """
+    check_inputs(config)
     result = _study("compare", config, arms_of_comparison(config), (), tell)
     if config.intrinsic:
         result = dataclasses.replace(result, intrinsic=tuple(intrinsic_dimension(config, tell or say)))
@@ -73,6 +77,7 @@ def compare(config: CompareConfig, tell: Tell | None = None) -> StudyResult:
 
 def sweep(config: SweepConfig, tell: Tell | None = None) -> StudyResult:
     """Train every point of the grid, or with halving the promising ones to the end; keep the recommended adapter."""
+    check_inputs(config)
     arms = arms_of_sweep(config)
     dropped: list[str] = []
     if config.halving:
@@ -98,8 +103,9 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], drop
         if outcome.curve and run.size is None:
             curves.setdefault(run.arm, list(outcome.curve))
     whole = [row for row in rows if row.size is None] or rows
-    return StudyResult(kind=kind, folder=str(folder), config=_plain(config), judged_by=config.judged_by,
-                       rows=tuple(rows), curves=curves, advice=advise(whole, config.judged_by), dropped=tuple(dropped))
+    return StudyResult(kind=kind, folder=str(folder), config=plain(config), judged_by=config.judged_by,
+                       rows=tuple(rows), curves=curves, advice=advise(whole, config.judged_by), dropped=tuple(dropped),
+                       ranks={arm.label: (arm.rest, arm.rank) for arm in arms if arm.rank is not None})
 
 
 def _written(result: StudyResult) -> StudyResult:
@@ -165,7 +171,8 @@ def _figures(folder: Path, runs: Sequence[Run], figure: str) -> list[tuple[Run, 
     return [(run, outcome.figures[figure]) for run, outcome in found if outcome and figure in outcome.figures]
 
 
-def _plain(config: CompareConfig | SweepConfig) -> dict[str, Any]:
+def plain(config: CompareConfig | SweepConfig) -> dict[str, Any]:
+    """A study's config as plain JSON values."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     own = {"baseline": config.baseline.to_dict()} if isinstance(config, CompareConfig) else {}
     return values | {"train": config.train.to_dict(), "beams": dataclasses.asdict(config.beams)} | own

@@ -88,7 +88,7 @@ class Outcome:
     peak_memory: int = 0
     """The most bytes that its process held in training."""
     step_seconds: float = 0.0
-    """Mean time of a training step; of passes shared with other runs, its share by tokens."""
+    """Median time of a training step; of passes shared with other runs, its share by tokens."""
     together: int = 1
     """Runs that trained in its process."""
     steps: int = 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deltaw.bases import Base
 from deltaw.compare.study import Outcome, Run, told
-from deltaw.compare.worker import config_of, judged, outcome_of, reason_of, trained_before
+from deltaw.compare.worker import config_of, for_training, judged, outcome_of, reason_of, trained_before
 from deltaw.errors import DeltawError
 from deltaw.inject import find_sites, resolve
 from deltaw.plan.devices import available_memory
@@ -44,7 +44,7 @@ def do_together(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
         except DeltawError as error:
             yield place, reason_of(run, error)
             continue
-        before = trained_before(configs[place])
+        before = trained_before(for_training(run, configs[place]))
         if before is not None:
             results[place] = before
     base: Base | None = None
@@ -67,7 +67,7 @@ def do_together(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
 
 def named(configs: Mapping[Path, TrainConfig], runs: Mapping[Path, Run]) -> dict[Path, TrainConfig]:
     """The configs with a name for each adapter, as the log's table shows it."""
-    return {place: replace(config, name=f"{number} {told(runs[place])}".replace(".", "_"))
+    return {place: replace(for_training(runs[place], config), name=f"{number} {told(runs[place])}".replace(".", "_"))
             for number, (place, config) in enumerate(configs.items(), 1)}
 
 

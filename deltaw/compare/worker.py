@@ -11,8 +11,9 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from deltaw.compare.study import SPEC, TUNED, Outcome, Run, write_outcome
@@ -65,7 +66,8 @@ def do(run: Run, place: Path) -> Outcome:
     from deltaw.train.run import train
 
     config = config_of(run, place)
-    result = trained_before(config) or train(config, quiet=True)
+    trains = for_training(run, config)
+    result = trained_before(trains) or train(trains, quiet=True)
     return outcome_of(run, result, judged(run, config, result))
 
 
@@ -75,6 +77,15 @@ def config_of(run: Run, place: Path) -> TrainConfig:
 
     return TrainConfig.from_dict({**run.train, **data_of(run, place), "out": str(place / TUNED), "samples": 0,
                                   "resume": True})
+
+
+def for_training(run: Run, config: TrainConfig) -> TrainConfig:
+    """The config without metrics that nobody looks at: where test data decides, no answer to held-out rows is written.
+
+    A metric that chooses the best step is measured on the held-out rows all the same.
+    """
+    decides = config.keep_best not in (None, "loss")
+    return config if run.test is None or decides else replace(config, metrics=())
 
 
 def trained_before(config: TrainConfig) -> TrainResult | None:
@@ -91,16 +102,12 @@ def trained_before(config: TrainConfig) -> TrainResult | None:
 
 
 def judged(run: Run, config: TrainConfig, result: TrainResult, base: Base | None = None) -> Judged | None:
-    """What the trained folder is found to be worth; None where the run's own held-out figures stand.
-
-    On `base` where it is there, unless it was packed for the training.
-    """
+    """What the trained folder is worth, found on `base` where it is there; None where the held-out figures stand."""
     if run.test is None and not run.latency:
         return None
     from deltaw.compare.judge import judge
 
-    return judge(run, config, Path(config.out), result.data.get("labels"),
-                 base=base if config.quantize == "none" else None)
+    return judge(run, config, Path(config.out), result.data.get("labels"), base=base)
 
 
 def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together: int = 1) -> Outcome:
@@ -112,7 +119,7 @@ def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together
     return Outcome(identity=run.identity, status="done", figures=dict(figures), rows=rows,
                    parameters=result.trained_parameters, base_parameters=result.base_parameters,
                    bytes=result.adapter_bytes, peak_memory=result.peak_memory, steps=result.steps, curve=curve,
-                   step_seconds=result.train_seconds / max(1, result.steps), together=together,
+                   step_seconds=step_seconds(result.curve), together=together,
                    latency={} if judged is None else dict(judged.latency))
 
 
@@ -121,6 +128,12 @@ def reason_of(run: Run, error: Exception | str) -> Outcome:
     text = str(error) if isinstance(error, (DeltawError, str)) else f"{type(error).__name__}: {error}"
     return Outcome(identity=run.identity, status="n/a" if isinstance(error, NOT_APPLICABLE) else "failed",
                    reason=" ".join(text.split()))
+
+
+def step_seconds(curve: Sequence[Mapping[str, Any]]) -> float:
+    """The median time of a step; a machine that does something else for a while does not count."""
+    ends = [float(row["seconds"]) for row in curve if row.get("event") == "step"]
+    return median(after - before for before, after in zip([0.0, *ends], ends, strict=False)) if ends else 0.0
 
 
 def data_of(run: Run, place: Path) -> dict[str, Any]:

@@ -6,13 +6,13 @@
 from deltaw.data.collate import collate, pack
 from deltaw.data.columns import EncodeStats
 from deltaw.data.examples import EncodedData, Example, LabelledExample, Prompt, load_data
-from deltaw.data.read import available_splits, open_source
-from deltaw.data.rows import Chat, Labelled, Message, PromptCompletion, Text
+from deltaw.data.read import available_splits, judged_split, open_source
+from deltaw.data.rows import Chat, Labelled, Message, PromptCompletion, Text, find_layout
 from deltaw.data.source import Row, Source
 from deltaw.data.stream import BatchStream, Subset, in_order, split_valid
 
 __all__ = [
     "BatchStream", "Chat", "EncodeStats", "EncodedData", "Example", "Labelled", "LabelledExample", "Message", "Prompt",
-    "PromptCompletion", "Row", "Source", "Subset", "Text", "available_splits", "collate", "in_order", "load_data",
-    "open_source", "pack", "split_valid",
+    "PromptCompletion", "Row", "Source", "Subset", "Text", "available_splits", "collate", "find_layout", "in_order",
+    "judged_split", "load_data", "open_source", "pack", "split_valid",
 ]

@@ -76,6 +76,12 @@ def available_splits(path: str | Path | Sequence[Mapping[str, Any]]) -> tuple[st
     return tuple(split for split in SPLIT_NAMES if _hub_has(str(path), split))
 
 
+def judged_split(path: str | Path | Sequence[Mapping[str, Any]]) -> str:
+    """The part of the data at `path` to judge on: test, else valid, else train."""
+    there = available_splits(path)
+    return next(name for name in ("test", "valid", "train") if name in there)
+
+
 def _hub_has(name: str, split: str) -> bool:
     try:
         open_source(name, split)

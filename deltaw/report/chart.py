@@ -30,7 +30,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
     if not lines:
         return ""
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(0.0, *ys), max(ys))
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(0.0, *ys), max(ys))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -84,7 +84,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers 1, 2 or 5 times a power of ten apart that enclose low..high."""
     if high <= low:
         high = low + (abs(low) or 1.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deltaw.bases import gguf, load_base
+from deltaw.bases.sources import find_base
 from deltaw.errors import BaseModelError, ConfigError, MissingDependencyError
 from tests.bases.tiny import bert_config, llama, tokenizer, write
 
@@ -304,6 +305,20 @@ def test_several_ggufs_ask_for_one(tmp_path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(BaseModelError, match="several models"):
         load_base(str(tmp_path))
+
+
+def test_settings_without_weights_beside_a_model_are_no_second_model(tmp_path, monkeypatch):
+    package = tmp_path / "an_encoder"
+    (package / "model" / "1_Pooling").mkdir(parents=True)
+    for place in (package / "model", package / "model" / "1_Pooling"):
+        (place / "config.json").write_text("{}", encoding="utf-8")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (package / "model" / "model.safetensors").touch()
+    assert find_base("package:an_encoder").folder == package / "model"
+    (package / "model" / "1_Pooling" / "model.safetensors").touch()
+    with pytest.raises(BaseModelError, match="several models"):
+        find_base("package:an_encoder")
 
 
 def test_the_gguf_reader_missing_says_how_to_install_it(tmp_path, monkeypatch):

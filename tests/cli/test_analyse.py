@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from deltaw.cli.analyse import short_names
 from tests.cli.conftest import write_rows
 
 Run = Callable[..., tuple[int, str, str]]
@@ -73,3 +74,10 @@ def test_texts_with_several_references_are_measured_by_prompt(base: Path, tmp_pa
     code, _, err = deltaw("eval", "--model", base, "--data", data, "--length-penalty", 0.9)
     assert code == 2
     assert "length-penalty" in err or "length_penalty" in err
+
+
+def test_adapters_are_named_by_what_tells_their_paths_apart() -> None:
+    runs = ["runs/r=8/all/seed-0/adapter", "runs/r=64/all/seed-0/adapter", "runs/r=64/all/seed-1/adapter"]
+    assert short_names(runs) == ["r=8/seed-0", "r=64/seed-0", "r=64/seed-1"]
+    assert short_names(["a/b"]) == ["b"]
+    assert short_names(["a", "y/a"]) == ["a", "y/a"]

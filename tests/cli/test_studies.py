@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 
 from deltaw.cli import compare as compare_verb
 from deltaw.cli.parser import UsageError
-from deltaw.cli.studies import study_config
+from deltaw.cli.studies import show, study_config
+from deltaw.compare import StudyResult
 from deltaw.compare.config import CompareConfig
+from deltaw.compare.noise import measured
+from deltaw.compare.table import Row
 
 Deltaw = Callable[..., tuple[int, str, str]]
 SHORT = ["--max-steps", "6", "--batch-size", "4", "--learning-rate", "0.02", "--eval-rows", "4", "--device", "cpu",
@@ -86,3 +90,18 @@ def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path) -> None:
     options = compare_verb.parser().parse(["--config", str(file)])
     with pytest.raises(UsageError, match=r"'metods' is unknown.*Did you mean methods"):
         study_config(options, CompareConfig)
+
+
+def test_what_has_no_figure_is_said_under_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (Row(arm="lora", figures={"accuracy": measured([0.9, 0.92])}, seeds=(0, 1), failed={2: "loss is NaN"}),
+            Row(arm="bitfit", not_applicable="a Llama has no biases"), Row(arm="full", failed={0: "out of memory"}))
+    result = StudyResult(kind="compare", folder="studies/mine", config={}, judged_by="accuracy", rows=rows, curves={})
+    show(result, argparse.Namespace(), None, [])
+    text = capsys.readouterr().out
+    table = text[:text.index("bitfit does not apply: a Llama has no biases")]
+    assert "lora (1 failed)" in table
+    assert "accuracy, %" in table
+    assert "91 ± 1.4" in table
+    assert [table.count(word) for word in ("n/a", "has no biases")] == [1, 0]
+    assert "lora, seed 2, failed: loss is NaN" in text
+    assert "full, seed 0, failed: out of memory" in text

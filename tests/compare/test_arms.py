@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.baselines.config import BaselineConfig
-from deltaw.compare.arms import arms_of_comparison, arms_of_sweep, ranks_in_budget, runs_of
+from deltaw.baselines.config import OPTIONS, BaselineConfig
+from deltaw.compare.arms import RATES, arms_of_comparison, arms_of_sweep, ranks_in_budget, runs_of
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError
@@ -24,6 +24,9 @@ def test_a_sweep_crosses_everything() -> None:
     assert [arm.label for arm in arms][:2] == ["q_proj r=1 alpha=2r rate=0.001",
                                                "q_proj r=1 rank-stabilised rate=0.001"]
     assert len(arms) == 8
+    assert [(arm.rest, arm.rank) for arm in arms[:3]] == [("q_proj alpha=2r rate=0.001", 1),
+                                                          ("q_proj rank-stabilised rate=0.001", 1),
+                                                          ("q_proj alpha=2r rate=0.001", 4)]
     runs = runs_of(config, arms)
     assert len(runs) == 16
     last = runs[-3]
@@ -44,6 +47,16 @@ def test_a_comparison_has_methods_sizes_and_spelled_out_arms() -> None:
     assert runs[2].train["learning_rate"] == 5e-5
     assert (runs[-1].train["lora"]["r"], runs[-1].train["lora"]["lora_alpha"]) == (1, 16)
     assert len({run.place for run in runs}) == len({run.identity for run in runs}) == 6
+
+
+def test_every_method_has_a_rate_of_its_own_and_a_factor_multiplies_them_all() -> None:
+    assert set(RATES) == set(OPTIONS)
+    config = CompareConfig(train=TRAIN, methods=("lora", "full"), seeds=(0,), rate_factor=4,
+                           arms={"slow": {"method": "full", "learning_rate": 1e-6}})
+    rates = {run.arm: run.train["learning_rate"] for run in runs_of(config, arms_of_comparison(config))}
+    assert rates == pytest.approx({"lora": 2e-3, "full": 2e-4, "slow": 1e-6})
+    with pytest.raises(ConfigError, match="rate_factor"):
+        CompareConfig(train=TRAIN, rate_factor=0)
 
 
 def test_each_method_takes_those_of_the_shared_options_that_are_its_own() -> None:

@@ -44,7 +44,7 @@ def test_the_smallest_arm_within_noise_is_recommended() -> None:
     advice = advise(rows, "accuracy")
     assert advice is not None
     assert (advice.best, advice.arm, advice.within_noise) == ("r=64", "r=4", ("r=64", "r=4"))
-    assert "r=4: accuracy 0.8 ± 0.01 is within noise of r=64's 0.81 ± 0.01" in advice.text
+    assert "r=4: accuracy 80 ± 1 is within noise of r=64's 81 ± 1 (difference 1; " in advice.text
     assert "16 times fewer" in advice.text
 
 
@@ -70,3 +70,15 @@ def test_a_figure_that_is_the_same_everywhere_recommends_nothing() -> None:
 
 def test_nothing_finished_is_no_advice() -> None:
     assert advise([Row(arm="a", failed={0: "out of memory"})], "loss") is None
+
+
+def test_one_arm_is_no_advice_but_its_figure() -> None:
+    advice = advise([row("lora", 5, 0.5, 0.7)], "accuracy")
+    assert advice is not None
+    assert advice.text == "lora has accuracy 60 ± 14; no other arm has one to compare it with."
+
+
+def test_the_best_and_smallest_is_not_said_to_beat_smaller_ones() -> None:
+    advice = advise([row("small", 1, 0.90, 0.91), row("large", 9, 0.10, 0.11)], "accuracy")
+    assert advice is not None
+    assert "no smaller arm is within the seeds' noise of it" in advice.text

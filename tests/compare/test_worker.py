@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deltaw.compare.study import SPEC, Outcome, Run, read_outcome
-from deltaw.compare.worker import data_of, main
+from deltaw.compare.worker import data_of, main, step_seconds
 from deltaw.train.config import TrainConfig
 from tests.cli.conftest import questions, write_base, write_rows
 
@@ -79,3 +79,20 @@ def test_few_examples_are_part_of_the_more(tmp_path: Path) -> None:
     assert chosen(10, 0) < chosen(30, 0)
     assert chosen(10, 0) != chosen(10, 1)
     assert data_of(Run(arm="a", seed=0, train={"data": str(data)}), tmp_path) == {}
+
+
+def test_answers_are_written_to_the_test_data_alone_unless_they_choose_the_best_step(
+        tmp_path: Path, shared: dict[str, Any]) -> None:
+    test = str(write_rows(tmp_path / "test.jsonl", questions("yes")[:4]))
+    for best, measured in (("loss", {"loss"}), ("exact_match", {"loss", "exact_match"})):
+        run = Run(arm=best, seed=0, train={**shared, "keep_best": best}, test=test)
+        assert set(done(tmp_path, run).figures) == {"loss", "exact_match"}
+        rows = (tmp_path / run.place / "adapter" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [set(row) - {"event", "step"} for row in map(json.loads, rows) if row["event"] == "eval"]
+        assert found[0] == measured
+
+
+def test_the_time_of_a_step_is_the_median(tmp_path: Path) -> None:
+    ends = [1.0, 2.0, 33.0, 34.5, 36.0]  # the third step waited for something else
+    assert step_seconds([{"event": "step", "seconds": end} for end in ends] + [{"event": "eval"}]) == 1.5
+    assert step_seconds([]) == 0.0
