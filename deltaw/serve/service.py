@@ -44,6 +44,8 @@ class Service:
     capacity: int
     """Longest sequence of prompt and answer, in tokens."""
     started: float
+    says: str
+    """How steps are computed."""
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     fitting = Fitting(model, dtype=weight.dtype, any_base=config.any_base)
     banks = Banks(fitting.site_map.modules, dtype=weight.dtype, device=weight.device)
-    runner = choose_runner(model, banks, places=config.places, capacity=capacity)
+    runner = choose_runner(model, banks, places=config.places, capacity=capacity, kernel=config.kernel)
 
     def load(path: Path) -> Fitted:
         return fitting.fit(store.load(path))
@@ -199,7 +201,7 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     engine = Engine(runner, scheduler, pool, banks, merge=merge,
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
                     ends=bases.stop_tokens(model, tokenizer, [bases.turn_end(tokenizer)]))
-    return Service(config, base, engine, banks, capacity, time.time())
+    return Service(config, base, engine, banks, capacity, time.time(), runner.says)
 
 
 def _device(name: str) -> str:

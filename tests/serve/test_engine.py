@@ -56,7 +56,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
 
 
 def test_every_row_of_a_mixed_batch_is_pefts_answer(service: Service, reference: Callable[..., list[int]]) -> None:
-    assert type(service.engine._runner).__name__ == "RowRunner"
+    assert type(service.engine._runner).__name__ == "NativeRunner"
     slow_start = service.engine.call(lambda: time.sleep(0.5))  # so that many prompts are computed in one step
     listeners = [Listener() for _ in CASES]
     for listener, (prompt, mix) in zip(listeners, CASES, strict=True):
