@@ -36,6 +36,8 @@ class Runner(Protocol):
     """Whether what one sequence computed can be copied for another."""
     says: str
     """How steps are computed, for the line that tells of it."""
+    merges: bool
+    """Whether an adapter in the weights would cost nothing."""
 
     def begin(self, start: Start) -> None:
         """Make a place ready for a sequence."""
@@ -48,6 +50,7 @@ class RowRunner:
     """All tokens of a step in one row."""
 
     reuses = True
+    merges = True
     says = "steps run in the model's own layers, all sequences in one row"
 
     def __init__(self, model: Any, banks: Banks, *, places: int, capacity: int) -> None:
@@ -93,6 +96,7 @@ class ApartRunner:
     """Each sequence by itself, with a cache of its own that the model makes."""
 
     reuses = False
+    merges = True
     says = "steps run in the model's own layers, each sequence by itself: it cannot run with others in one row"
 
     def __init__(self, model: Any, banks: Banks) -> None:

@@ -196,7 +196,9 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
                 reserved=(config.served_name or config.model,))
     scheduler = Scheduler(places=config.places, prefill_tokens=config.prefill_tokens, max_waiting=config.max_waiting,
                           remember=runner.reuses)
-    merge = AutoMerge(model, fitting.site_map, after=config.auto_merge) if config.auto_merge else None
+    merge = AutoMerge(model, fitting.site_map, after=config.auto_merge) if config.auto_merge and runner.merges else None
+    if config.auto_merge and merge is None:
+        runner.says += "; nothing is merged, since merged weights would take 32 bits and be slower"
     tokenizer: Any = base.tokenizer
     engine = Engine(runner, scheduler, pool, banks, merge=merge,
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),

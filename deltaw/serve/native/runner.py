@@ -38,8 +38,11 @@ class NativeRunner:
         self._ranks = torch.empty(0, dtype=torch.int32)
         self._version = -1
         self._merged: object = None
-        size = "16 bits" if self.native.narrow else "32 bits"
-        self.says = f"steps run in a kernel compiled here, {size} a weight, {self.native.nbytes / 2**20:.0f} MiB"
+        narrow = self.native.narrow
+        # Merged weights would need 32 bits where the base's, though fp32, fit in 16: twice as much to read.
+        self.merges = not narrow or banks.dtype == torch.bfloat16
+        self.says = (f"steps run in a kernel compiled here, {16 if narrow else 32} bits a weight, "
+                     f"{self.native.nbytes / 2**20:.0f} MiB")
 
     def begin(self, start: Start) -> None:
         """Copy what can be reused from another place."""

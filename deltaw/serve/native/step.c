@@ -337,3 +337,9 @@ int step(const Model *m, const Step *s)
     free(memory), free(job.next), free(job.run), free(workers), free(threads);
     return failed;
 }
+
+/* For whoever describes these elsewhere. */
+size_t size_of_Matrix(void) { return sizeof(Matrix); }
+size_t size_of_Layer(void) { return sizeof(Layer); }
+size_t size_of_Model(void) { return sizeof(Model); }
+size_t size_of_Step(void) { return sizeof(Step); }

@@ -61,7 +61,8 @@ class NativeModel:
         groups = attention.k_proj.out_features // attention.head_dim
         shape = len(model.model.layers), places, capacity, groups, attention.head_dim
         self.keys_LPTGD, self.values_LPTGD = torch.empty(shape), torch.empty(shape)
-        cos, sin = (t[0].float().contiguous() for t in model.model.rotary_emb(torch.zeros(1), torch.arange(capacity)[None]))
+        angles = model.model.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+        cos, sin = (part[0].float().contiguous() for part in angles)
         self._layers = (LayerC * len(model.model.layers))()
         self.c = ModelC(
             layers=shape[0], hidden=attention.q_proj.in_features, inner=model.model.layers[0].mlp.down_proj.in_features,
