@@ -111,7 +111,7 @@ def client(url: str, expected: dict[tuple[str, str], str], end: float, rng: rand
            wrong: list[str]) -> None:
     """One client: mostly questions, sometimes something else."""
     kinds = [ask] * 6 + [leave, nonsense, reload]
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=900) as http:
         while time.monotonic() < end:
             try:
                 done[rng.choice(kinds)(http, expected, rng)] += 1

@@ -139,7 +139,7 @@ def test_weights_take_16_bits_where_that_is_exact() -> None:
     asked = sequences([7, 5], [BASE] * 2)
     for chunk, got in zip(*runner.run([Chunk(s, 0, s.length) for s in asked]), strict=True):
         close(got, published, chunk.sequence)
-    assert made(published.bfloat16()).merges
+    assert made(published.bfloat16(), torch.bfloat16).merges
     assert not runner.merges
     almost = torch.full((16, 16), 1.0)
     almost[3, 5] = 1 + 2**-8

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deltaw.bases.kept import home, keep
 
-SOURCES = ("step.c", "product.h", "rows.h")
+SOURCES = ("step.c", "job.h", "layer.h", "product.h", "rows.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 TIMEOUT_S = 120
 
