@@ -25,10 +25,10 @@ def main(model: str, adapters: str, names: list[str], rows: int, tokens: int, dt
     engine = LLM(model=model, dtype=dtype, skip_tokenizer_init=True, enable_lora=bool(names),
                  max_loras=max(1, len(names)), max_lora_rank=8, max_model_len=512, max_num_seqs=rows,
                  gpu_memory_utilization=0.2, enable_prefix_caching=False)
-    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
     requests = [LoRARequest(name, i + 1, str(Path(adapters) / name)) for i, name in enumerate(names)]
 
-    def run(what: str, seed: int) -> float:
+    def run(what: str, seed: int, tokens: int = tokens) -> float:
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": random.Random(seed + i).choices(range(1000, 40000), k=32)} for i in range(rows)]
         begin = time.perf_counter()
         out = engine.generate(prompts, params, use_tqdm=False,
@@ -36,7 +36,7 @@ def main(model: str, adapters: str, names: list[str], rows: int, tokens: int, dt
         assert all(len(one.outputs[0].token_ids) == tokens for one in out)
         return rows * tokens / (time.perf_counter() - begin)
 
-    run("base", 0), names and run("lora", 0)
+    run("base", 0, 8), names and run("lora", 0, 8)
     print("ready", flush=True)
     for seed, line in enumerate(sys.stdin):
         print(run(line.strip(), 100 * (seed + 1)), flush=True)

@@ -146,7 +146,10 @@ def _by_kernel(model: Any, banks: Banks, places: int, capacity: int, expected: R
     """The kernel's runner; NoKernel where there is none, it does not fit, or computes something else."""
     from deltaw.serve.native.runner import NativeRunner
 
-    runner = NativeRunner(model, banks, places=max(places, 3), capacity=max(capacity, 2 * max(TRIAL)))
+    try:
+        runner = NativeRunner(model, banks, places=max(places, 3), capacity=max(capacity, 2 * max(TRIAL)))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # a part is called or shaped otherwise
+        raise NoKernel(f"the model is not made like Llama ({type(error).__name__})") from error
     if not _agrees(expected, _trial_together(runner, model)):
         raise NoKernel("it gives other logits than the model")
     return runner

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from deltaw import bases, store
-from deltaw.errors import ConfigError, Fault
 from deltaw.serve import request
 from deltaw.serve.access import within
 from deltaw.serve.banks import Banks
@@ -167,7 +166,7 @@ def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *,
     if config.threads:
         torch.set_num_threads(config.threads)
     if base is None:
-        base = bases.load_base(config.model, dtype=config.dtype, device=_device(config.device))
+        base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device))
     service = build(config, base)
     for name, path in adapters.items():
         service.engine.pool.register(name, path)
@@ -204,16 +203,6 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
                     ends=bases.stop_tokens(model, tokenizer, [bases.turn_end(tokenizer)]))
     return Service(config, base, engine, banks, capacity, time.time(), runner.says)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ConfigError(Fault("ServeConfig.device", f"got '{name}'", "auto, or a device of this machine")) from error
-    return name
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:

@@ -176,6 +176,12 @@ def test_a_window_is_refused_only_where_it_would_be_felt() -> None:
     weights.check(tiny("mistral", sliding_window=48), 48)
 
 
+def test_weights_are_packed_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "available_memory", lambda: weights.resident_memory() + 1000)
+    with pytest.raises(NoKernel, match="not enough memory"):
+        made(tiny())
+
+
 def chosen(model: Any) -> runners.Runner:
     banks = Banks(find_sites(model).modules, dtype=torch.float32, device=torch.device("cpu"))
     return runners.choose_runner(model, banks, places=4, capacity=48)

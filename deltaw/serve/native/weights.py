@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.plan.devices import available_memory, resident_memory
 from deltaw.serve.native.build import NoKernel, library
 
 LANES = 16
@@ -147,6 +148,8 @@ def check(model: Any, capacity: int) -> None:
     window = getattr(config, "sliding_window", None)
     if rope not in ROPES or (window and window < capacity):
         raise NoKernel("positions change with the length" if rope not in ROPES else "attention has a window")
+    if 4 * sum(module.weight.numel() for _, module in linear_layers(model)) > available_memory() - resident_memory():
+        raise NoKernel("there is not enough memory to pack the weights")
     if len({layer.input_layernorm.variance_epsilon for layer in layers} | {model.model.norm.variance_epsilon}) > 1:
         raise NoKernel("norms differ")
 
