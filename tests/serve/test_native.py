@@ -162,8 +162,8 @@ def test_other_weights_in_the_layers_and_back() -> None:
 
 
 @pytest.mark.parametrize(("fields", "reason"), [
-    ({"hidden_size": 40, "head_dim": 16}, "multiples of 16"), ({"num_attention_heads": 3, "num_key_value_heads": 1,
-                                                               "head_dim": 24}, "multiples of 16"),
+    ({"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5}, "multiples of 16"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24}, "multiples of 16"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "positions")])
 def test_what_the_kernel_does_not_do_is_told(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(NoKernel, match=reason):
