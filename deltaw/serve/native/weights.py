@@ -130,9 +130,11 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 
 def check(model: Any, capacity: int) -> None:
     """Raise NoKernel unless the model is made as the kernel computes; whether it does is then tried out."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(model, "lm_head", None), nn.Linear):
+    inner: Any = getattr(model, "model", None)
+    if not isinstance(getattr(inner, "layers", None), nn.ModuleList) or not isinstance(
+            getattr(model, "lm_head", None), nn.Linear):
         raise NoKernel("the model is not made like Llama")
+    layers: list[Any] = list(inner.layers)
     for layer in layers:
         parts = {path: {name for name, _ in layer.get_submodule(path).named_children()} for path in CHILDREN}
         attention = {name for name, _ in layer.self_attn.named_children()} if "self_attn" in parts[""] else set()
