@@ -2,9 +2,12 @@
 
     python benchmarks/serve.py            SmolLM2-135M's shapes, 16 clients, 64 new tokens, greedy, r=8 on all linear
     python benchmarks/serve.py --full     closed loop with 1, 4, 16 and 64 clients and 1, 16 and 256 adapters, open loop
+    python benchmarks/serve.py --vllm OTHER_ENV/bin/python --vllm-dtype bfloat16      vLLM too, where it is installed
 
-Rounds alternate, base and adapters and rivals, and medians are compared. fp32 where the processor has no fast bf16
-(there a bf16 product is emulated, and tells nothing). Ours runs in process, as the server runs it, without HTTP.
+Rounds alternate, base and adapters and rivals, and medians are compared. Weights are bfloat16 numbers, as SmolLM2's
+were published, and ours, transformers and PEFT compute with them in fp32 (where the processor has no fast bf16, a bf16
+product is emulated, and slower); adapters are fp32. `--weights fp32` takes weights that need 32 bits; `--weights bf16`
+holds everything of ours, adapters too, in bfloat16. Ours runs in process, as the server runs it, without HTTP.
 The closed loop: each client asks again as soon as it is answered. The open loop: requests come at random times
 (Poisson), however many are under way.
 """
@@ -17,6 +20,7 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -49,24 +53,43 @@ class Words:
         return "".join(f" {token}" for token in tokens)
 
 
+MAIN = ("base", "16 adapters", "1000 zipf", "one base", "one adapter", "transformers", "transformers one", "peft",
+        "first loaded", "first unloaded")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--weights", choices=("published", "fp32", "bf16"), default="published")
+    parser.add_argument("--kernel", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--only", nargs="+", default=list(MAIN), metavar="LABEL", help=f"of {', '.join(MAIN)}, merged")
+    parser.add_argument("--vllm", metavar="PYTHON")
+    parser.add_argument("--vllm-dtype", default="bfloat16")
     options = parser.parse_args()
-    rounds = 1 if options.quick else 3
+    rounds = 1 if options.quick else options.rounds
     tokens = 24 if options.quick else options.tokens
     with tempfile.TemporaryDirectory() as folder:
         paths = write_adapters(Path(folder), options.rank, 16, REGISTERED)
-        service = open_bench(paths, places=64 if options.full else 16)
-        rivals = Rivals(paths, tokens)
-        cases = main_cases(service, rivals, tokens, rounds, list(paths))
+        service = open_bench(paths, places=64 if options.full else 16, weights=options.weights, kernel=options.kernel)
+        print(service.says, flush=True)
+        vllm = Vllm(options.vllm, options.vllm_dtype, Path(folder), list(paths)[:16], tokens) if options.vllm else None
+        cases = main_cases(service, Rivals(paths, tokens, options.weights), vllm, tokens, rounds, list(paths),
+                           options.only)
         if options.full:
             more(service, tokens, list(paths))
         service.close()
+        if vllm is not None:
+            vllm.close()
     return min(1, report("serve", cases))
+
+
+def base_model(weights: str) -> torch.nn.Module:
+    model = smollm2_shaped(torch.float32)
+    return model if weights == "fp32" else model.bfloat16() if weights == "bf16" else model.bfloat16().float()
 
 
 def write_adapters(folder: Path, rank: int, different: int, total: int) -> dict[str, Path]:
@@ -89,10 +112,12 @@ def write_adapters(folder: Path, rank: int, different: int, total: int) -> dict[
     return paths
 
 
-def open_bench(paths: Mapping[str, Path], *, places: int) -> Service:
-    base = bases.Base(model=smollm2_shaped(torch.float32), tokenizer=Words(), source="smollm2", kind="folder",  # type: ignore[arg-type]
-                      folder=None, dtype=torch.float32, dtype_reason="measured")
-    service = build(ServeConfig(model="smollm2", context=512, places=places, adapter_memory=512), base)
+def open_bench(paths: Mapping[str, Path], *, places: int, weights: str = "published", kernel: bool = True) -> Service:
+    model: Any = base_model(weights)
+    base = bases.Base(model=model, tokenizer=Words(), source="smollm2", kind="folder",  # type: ignore[arg-type]
+                      folder=None, dtype=model.dtype, dtype_reason="measured")
+    service = build(ServeConfig(model="smollm2", context=512, places=places, adapter_memory=512, any_base=True,
+                                kernel=kernel), base)
     tracemalloc.start()
     for name, path in paths.items():
         service.engine.pool.register(name, path)
@@ -169,12 +194,12 @@ def zipf(names: Sequence[str], seed: int = 0) -> Callable[[], dict[str, float]]:
 class Rivals:
     """transformers' `generate` and PEFT's mixed batch, 16 rows, padded, each with its own static settings."""
 
-    def __init__(self, paths: Mapping[str, Path], tokens: int) -> None:
+    def __init__(self, paths: Mapping[str, Path], tokens: int, weights: str) -> None:
         from peft import PeftModel
 
-        self.base: Any = smollm2_shaped(torch.float32)
+        self.base: Any = base_model(weights).float()
         self.names = list(paths)[:16]
-        inner: Any = smollm2_shaped(torch.float32)
+        inner: Any = base_model(weights).float()
         self.mixed: Any = None
         for name in self.names:
             if self.mixed is None:
@@ -194,44 +219,85 @@ class Rivals:
         return rows * tokens / (time.perf_counter() - begin), out[:, PROMPT:].tolist()
 
 
-def main_cases(service: Service, rivals: Rivals, tokens: int, rounds: int, names: list[str]) -> list[Case]:
+class Vllm:
+    """vLLM in a process of its own."""
+
+    def __init__(self, python: str, dtype: str, folder: Path, names: list[str], tokens: int) -> None:
+        model: Any = base_model("bf16")
+        model.save_pretrained(folder / "base")
+        script = Path(__file__).parent / "serve_vllm.py"
+        self.process = subprocess.Popen(
+            [python, str(script), str(folder / "base"), str(folder), ",".join(names), "16", str(tokens), dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+        self._until("ready")
+
+    def run(self, what: str) -> float:
+        """Tokens a second of `base` or `lora`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return float(self._until(""))
+
+    def _until(self, word: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == word or (not word and line.strip().replace(".", "", 1).isdigit()):
+                return line
+        raise SystemExit("vLLM ended")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def main_cases(service: Service, rivals: Rivals, vllm: Vllm | None, tokens: int, rounds: int, names: list[str],
+               only: Sequence[str]) -> list[Case]:
     sixteen = [{name: 1.0} for name in names[:16]]
-    speeds: dict[str, list[float]] = {}
-
-    def note(label: str, speed: float) -> None:
-        speeds.setdefault(label, []).append(speed)
-        print(f"  {label}: {speed:.1f}", flush=True)
-
-    together(service, [{}] * 16, 4), together(service, sixteen, 4)
-    equal = check(service, rivals, names)
     draw = zipf(names)
+    measures: dict[str, Callable[[], float]] = {
+        "base": lambda: together(service, [{}] * 16, tokens),
+        "16 adapters": lambda: together(service, sixteen, tokens),
+        "1000 zipf": lambda: closed(service, 16, 32, draw, tokens),
+        "one base": lambda: together(service, [{}], tokens),
+        "one adapter": lambda: together(service, sixteen[:1], tokens),
+        "transformers": lambda: rivals.generate(rivals.base, 16, tokens)[0],
+        "transformers one": lambda: rivals.generate(rivals.base, 1, tokens)[0],
+        "peft": lambda: rivals.generate(rivals.mixed, 16, min(tokens, 16), adapter_names=rivals.names)[0],
+        "merged": lambda: merged(service, names[0], tokens),
+        "first loaded": lambda: 1e3 * first_token(service, names[0]),
+        "first unloaded": lambda: 1e3 * first_token(service, unloaded(service, names)),
+    }
+    chosen = {label: measures[label] for label in only}
+    if vllm is not None:
+        chosen |= {"vllm base": lambda: vllm.run("base"), "vllm lora": lambda: vllm.run("lora")}
+    together(service, [{}] * 16, 4), together(service, sixteen, 4)
+    equal = check(service, rivals, names) if service.base.dtype == torch.float32 else True
+    speeds: dict[str, list[float]] = {}
     for _ in range(rounds):
-        note("base", together(service, [{}] * 16, tokens))
-        note("16 adapters", together(service, sixteen, tokens))
-        note("1000 zipf", closed(service, 16, 32, draw, tokens))
-        note("one base", together(service, [{}], tokens))
-        note("transformers", rivals.generate(rivals.base, 16, tokens)[0])
-        note("transformers one", rivals.generate(rivals.base, 1, tokens)[0])
-        note("peft", rivals.generate(rivals.mixed, 16, min(tokens, 16), adapter_names=rivals.names)[0])
-        merged = to_be_merged(service, names[0])
-        note("merged", together(service, [{names[0]: 1.0}], tokens))
-        service.engine.call(merged).result()
-        note("first loaded", 1e3 * first_token(service, names[0]))
-        note("first unloaded", 1e3 * first_token(service, unloaded(service, names)))
-    m = {label: statistics.median(values) for label, values in speeds.items()}
-    return [
-        Case("16 adapters / base", "tok/s", m["16 adapters"], m["base"], "ours, base", 0.85, "higher", equal=equal),
-        Case("1,000 registered, Zipf / 16 adapters", "tok/s", m["1000 zipf"], m["16 adapters"], "ours, 16", 0.8,
-             "higher"),
-        Case("base, 16 rows", "tok/s", m["base"], m["transformers"], "transformers", 1.0, "higher", equal=equal),
-        Case("16 adapters", "tok/s", m["16 adapters"], m["peft"], "peft mixed", 5.0, "higher", equal=equal),
-        Case("one stream", "tok/s", m["one base"], m["transformers one"], "transformers", 2.0, "higher", equal=equal),
-        Case("one stream, merged / base", "tok/s", m["merged"], m["one base"], "ours, base", 0.98, "higher"),
-        Case("first token, not loaded - loaded", "ms", m["first unloaded"] - m["first loaded"], 1.0, "(limit 50 ms)",
-             50, "lower", limit=50),
-        Case("bytes of an idle adapter", "bytes", service.idle_bytes, 1.0, "(limit 10,000)", 10_000, "lower",  # type: ignore[attr-defined]
-             limit=10_000),
-    ]
+        for label, measure in chosen.items():
+            speeds.setdefault(label, []).append(measure())
+            print(f"  {label}: {speeds[label][-1]:.1f}", flush=True)
+    return compared({label: statistics.median(values) for label, values in speeds.items()}, service, equal)
+
+
+def compared(m: dict[str, float], service: Service, equal: bool) -> list[Case]:
+    """The table's rows, of what was measured."""
+    rows = [("16 adapters / base", "16 adapters", "base", 0.85),
+            ("1,000 registered, Zipf / 16 adapters", "1000 zipf", "16 adapters", 0.8),
+            ("base, 16 rows", "base", "transformers", 1.0), ("16 adapters", "16 adapters", "peft", 5.0),
+            ("one stream", "one base", "transformers one", 2.0),
+            ("one stream, merged / base", "merged", "one base", 0.98),
+            ("one stream, adapter / base", "one adapter", "one base", 0.95),
+            ("base, 16 rows", "base", "vllm base", 1.0), ("16 adapters", "16 adapters", "vllm lora", 2.0)]
+    cases = [Case(name, "tok/s", m[ours], m[rival], rival, target, "higher", equal=equal)
+             for name, ours, rival, target in rows if ours in m and rival in m]
+    if "first loaded" in m and "first unloaded" in m:
+        cases.append(Case("first token, not loaded - loaded", "ms", m["first unloaded"] - m["first loaded"], 1.0,
+                          "(limit 50 ms)", 50, "lower", limit=50))
+    idle: float = service.idle_bytes  # type: ignore[attr-defined]
+    return [*cases, Case("bytes of an idle adapter", "bytes", idle, 1.0, "(limit 10,000)", 10_000, "lower",
+                         limit=10_000)]
 
 
 def check(service: Service, rivals: Rivals, names: list[str]) -> bool:
@@ -255,8 +321,8 @@ def unloaded(service: Service, names: list[str]) -> str:
     return next(name for name in reversed(names) if pool.entry(name).loaded is None)
 
 
-def to_be_merged(service: Service, name: str) -> Callable[[], None]:
-    """Merge an adapter by hand; what undoes it."""
+def merged(service: Service, name: str, tokens: int) -> float:
+    """Tokens a second of one stream of an adapter that is merged by hand."""
     from deltaw.inject import find_sites
     from deltaw.serve.merging import AutoMerge
 
@@ -273,7 +339,11 @@ def to_be_merged(service: Service, name: str) -> Callable[[], None]:
         service.banks.merged = None
 
     engine.call(begin).result()
-    return end
+    together(service, [{name: 1.0}], 2)
+    speed = together(service, [{name: 1.0}], tokens)
+    engine.call(end).result()
+    together(service, [{}], 2)
+    return speed
 
 
 def more(service: Service, tokens: int, names: list[str]) -> None:

@@ -102,8 +102,8 @@ def run(service: Service, url: str, expected: dict[tuple[str, str], str], second
             "places_taken": len(service.engine.scheduler.places.all) - len(service.engine.scheduler.places.free),
             "pinned": sum(entry.pins for entry in service.engine.pool._by_number.values())}
     ok = not wrong and not any(left.values()) and growth < GROWTH_MIB and done["right"] > 0
-    return {"ok": ok, "seconds": seconds, "done": dict(done), "wrong": wrong[:5], "left": left,
-            "growth_mib": round(growth, 1), "loads": service.engine.pool.loads,
+    return {"ok": ok, "seconds": seconds, "done": dict(done), "wrong": dict(Counter(wrong).most_common(5)),
+            "left": left, "growth_mib": round(growth, 1), "loads": service.engine.pool.loads,
             "evictions": service.engine.pool.evictions}
 
 
@@ -111,7 +111,7 @@ def client(url: str, expected: dict[tuple[str, str], str], end: float, rng: rand
            wrong: list[str]) -> None:
     """One client: mostly questions, sometimes something else."""
     kinds = [ask] * 6 + [leave, nonsense, reload]
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=900) as http:
         while time.monotonic() < end:
             try:
                 done[rng.choice(kinds)(http, expected, rng)] += 1

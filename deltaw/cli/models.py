@@ -106,7 +106,7 @@ def open_model(options: ModelOptions, adapters: Mapping[str, Adapter | SavedBase
     from deltaw import bases
 
     source = options.model or recorded_base(adapters)
-    device = chosen_device(options.device)
+    device = bases.chosen_device(options.device)
     base = bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device,
                            quantize=None if options.quantize == "none" else options.quantize,
                            double_quant=options.double_quant)
@@ -125,20 +125,6 @@ def recorded_base(adapters: Mapping[str, Adapter | SavedBaseline]) -> str:
         break
     got = "is not given, and the adapter does not record its base" if adapters else "is not given"
     raise ConfigError(Fault("--model", got, "a Hub id, a folder, a GGUF file or package:NAME"))
-
-
-def chosen_device(name: str) -> str:
-    """The device that a name stands for on this machine."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        first = str(error).splitlines()[0]
-        raise ConfigError(Fault("--device", f"got '{name}' ({first})", "auto, or a device of this machine")) from error
-    return name
 
 
 def mismatches(adapter: Adapter | SavedBaseline, base: Base) -> list[str]:

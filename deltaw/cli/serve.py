@@ -99,6 +99,7 @@ def start(config: ServeConfig, adapters: dict[str, Path], *, as_json: bool) -> N
     try:
         say(f"loading {config.model}")
         with open_service(config, adapters) as service:
+            say(service.says)
             address = f"http://{config.host}:{opened.getsockname()[1]}"
 
             def ready() -> None:

@@ -94,6 +94,8 @@ class Banks:
         """The parts where only the last token of each sequence is left: at the output layer."""
         self.merged: Blend | None = None
         """The blend that is in the weights, and adds nothing here."""
+        self.version = 0
+        """Changes whenever a stack lies somewhere else than before."""
         self._hooked: set[str] = set()
 
     # -- who is in memory --------------------------------------------------------------------------------------------
@@ -107,6 +109,7 @@ class Banks:
         entry = self._vacant(bank, set(running))
         bank.entries[entry], self.where[blend] = blend, (bank, entry)
         for site in factors.keys() - bank.stacks.keys():
+            self.version += 1
             A_RI, B_RO = factors[site]
             bank.stacks[site] = Stack(*(torch.zeros(len(bank.entries), rank, f.shape[1], dtype=self.dtype,
                                                     device=self.device) for f in (A_RI, B_RO)))
@@ -138,6 +141,7 @@ class Banks:
                 return entry
         size = len(bank.entries)
         bank.entries += [None] * max(1, size)
+        self.version += 1
         for stack in bank.stacks.values():
             stack.A_PRI, stack.B_PRO = (torch.cat([whole, torch.zeros(len(bank.entries) - size, *whole.shape[1:],
                                         dtype=whole.dtype, device=whole.device)]) for whole in (stack.A_PRI,
@@ -148,8 +152,12 @@ class Banks:
 
     def order(self, blend: Blend) -> tuple[int, int]:
         """By what the sequences of a row are to be sorted: the base first, then by stack and entry."""
-        bank, entry = self.where.get(blend, (None, -1))
+        bank, entry = self.place(blend)
         return (0, -1) if bank is None else (bank.rank, entry)
+
+    def place(self, blend: Blend) -> tuple[Bank | None, int]:
+        """Where a blend's factors are; no bank where it adds nothing."""
+        return (None, -1) if blend == self.merged else self.where.get(blend, (None, -1))
 
     def lay_out(self, rows: Sequence[tuple[Blend, int]], complete: Sequence[int] = ()) -> None:
         """Say whose the tokens of the next row are: blends with their numbers of tokens, those of one token first.

@@ -61,6 +61,8 @@ class ServeConfig:
     """Seconds that answers under way have to end in when the server is asked to stop."""
     threads: int | None = None
     """Threads to compute with; by default one for each core."""
+    kernel: bool = True
+    """On a CPU, compute models of Llama's structure with a kernel that the C compiler makes at the first start."""
 
     def __post_init__(self) -> None:
         ranges = [("port", 0 <= self.port < 65536, "0 to 65535"), ("context", self.context >= 2, "at least 2"),

@@ -1,6 +1,7 @@
-"""One forward over the tokens of a step: of all sequences in one row, or of each by itself.
+"""One forward over the tokens of a step: by the kernel, of all sequences in one row, or of each by itself.
 
-In one row is the fast way, for every model of transformers whose attention can be replaced and does nothing that
+The fastest way is the kernel of `native/`, for models of Llama's structure on a processor. In one row is the fast way
+everywhere else, for every model of transformers whose attention can be replaced and does nothing that
 `cache` does not know. Whether that holds is not read from a list of models: a short trial compares its logits with the
 model's own. A model that fails it (recurrent states, position biases inside attention) runs sequence by sequence with a
 cache of transformers; slower, and as correct.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.serve.banks import Banks
 from deltaw.serve.cache import RaggedCache, Span, UnknownAttention
+from deltaw.serve.native.build import NoKernel
 from deltaw.serve.places import Start
 from deltaw.serve.request import BASE
 from deltaw.serve.scheduler import Chunk
@@ -32,6 +34,10 @@ class Runner(Protocol):
 
     reuses: bool
     """Whether what one sequence computed can be copied for another."""
+    says: str
+    """How steps are computed, for the line that tells of it."""
+    merges: bool
+    """Whether an adapter in the weights would cost nothing."""
 
     def begin(self, start: Start) -> None:
         """Make a place ready for a sequence."""
@@ -44,6 +50,8 @@ class RowRunner:
     """All tokens of a step in one row."""
 
     reuses = True
+    merges = True
+    says = "steps run in the model's own layers, all sequences in one row"
 
     def __init__(self, model: Any, banks: Banks, *, places: int, capacity: int) -> None:
         weight = next(model.parameters())
@@ -88,6 +96,8 @@ class ApartRunner:
     """Each sequence by itself, with a cache of its own that the model makes."""
 
     reuses = False
+    merges = True
+    says = "steps run in the model's own layers, each sequence by itself: it cannot run with others in one row"
 
     def __init__(self, model: Any, banks: Banks) -> None:
         self.model, self.banks, self.device = model, banks, next(model.parameters()).device
@@ -118,21 +128,45 @@ class ApartRunner:
         return complete, torch.stack(logits) if logits else torch.empty(0)
 
 
-def choose_runner(model: nn.Module, banks: Banks, *, places: int, capacity: int) -> RowRunner | ApartRunner:
-    """The fast runner, if the model gives the same logits with it, and else the one that always works."""
-    config: Any = model.config
-    before = getattr(config, "_attn_implementation", None)
+def choose_runner(model: nn.Module, banks: Banks, *, places: int, capacity: int, kernel: bool = True) -> Runner:
+    """The fastest runner with which the model gives the same logits; one always does."""
     expected = _trial_alone(model)
+    reason = "not asked for"
+    if kernel:
+        try:
+            return _by_kernel(model, banks, places, capacity, expected)
+        except NoKernel as error:
+            reason = str(error)
+    runner = _in_one_row(model, banks, places, capacity, expected) or ApartRunner(model, banks)
+    runner.says += f" (no kernel: {reason})"
+    return runner
+
+
+def _by_kernel(model: Any, banks: Banks, places: int, capacity: int, expected: Rows[Tensor]) -> Runner:
+    """The kernel's runner; NoKernel where there is none, it does not fit, or computes something else."""
+    from deltaw.serve.native.runner import NativeRunner
+
+    try:
+        runner = NativeRunner(model, banks, places=max(places, 3), capacity=max(capacity, 2 * max(TRIAL)))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # a part is called or shaped otherwise
+        raise NoKernel(f"the model is not made like Llama ({type(error).__name__})") from error
+    if not _agrees(expected, _trial_together(runner, model)):
+        raise NoKernel("it gives other logits than the model")
+    return runner
+
+
+def _in_one_row(model: Any, banks: Banks, places: int, capacity: int, expected: Rows[Tensor]) -> RowRunner | None:
+    before = getattr(model.config, "_attn_implementation", None)
     try:
         trial = RowRunner(model, banks, places=3, capacity=2 * max(TRIAL))
         trial.cache.register(model)
-        same = _agrees(expected, _trial_together(trial))
+        same = _agrees(expected, _trial_together(trial, model))
     except (UnknownAttention, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
         same = False
     if not same:
         if before is not None:
-            model.set_attn_implementation(before)  # type: ignore[operator]
-        return ApartRunner(model, banks)
+            model.set_attn_implementation(before)
+        return None
     runner = RowRunner(model, banks, places=places, capacity=capacity)
     runner.cache.register(model)
     return runner
@@ -151,13 +185,13 @@ def _trial_alone(model: Any) -> list[Tensor]:
     return [model(input_ids=torch.tensor([tokens], device=device)).logits[0, -2:] for tokens in _trial_tokens(model)]
 
 
-def _trial_together(runner: RowRunner) -> list[Tensor]:
+def _trial_together(runner: Runner, model: Any) -> list[Tensor]:
     """The same: the first computed as two prompts in one row, the second as two single tokens."""
     from deltaw.serve.request import SamplingParams, Sequence
 
     sequences = [Sequence(i, tuple(tokens[:-1]), BASE, SamplingParams(), print, place=2 - 2 * i)
-                 for i, tokens in enumerate(_trial_tokens(runner.model))]
-    last = [tokens[-1] for tokens in _trial_tokens(runner.model)]
+                 for i, tokens in enumerate(_trial_tokens(model))]
+    last = [tokens[-1] for tokens in _trial_tokens(model)]
     _, first = runner.run([Chunk(s, 0, s.length) for s in sequences])
     for sequence, token in zip(sequences, last, strict=True):
         sequence.computed = sequence.length
@@ -166,7 +200,7 @@ def _trial_together(runner: RowRunner) -> list[Tensor]:
     return [torch.stack([first[i], second[i]]) for i in range(len(sequences))]
 
 
-def _agrees(expected: list[Tensor], got: list[Tensor]) -> bool:
+def _agrees(expected: Rows[Tensor], got: Rows[Tensor]) -> bool:
     tolerance = TOLERANCE.get(expected[0].dtype, 0.05)
     return all(float((a.float() - b.float()).abs().max()) <= tolerance * float(a.float().abs().max()) + 1e-6
                for a, b in zip(expected, got, strict=True))

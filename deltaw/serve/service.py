@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from deltaw import bases, store
-from deltaw.errors import ConfigError, Fault
 from deltaw.serve import request
 from deltaw.serve.access import within
 from deltaw.serve.banks import Banks
@@ -44,6 +43,8 @@ class Service:
     capacity: int
     """Longest sequence of prompt and answer, in tokens."""
     started: float
+    says: str
+    """How steps are computed."""
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *,
     if config.threads:
         torch.set_num_threads(config.threads)
     if base is None:
-        base = bases.load_base(config.model, dtype=config.dtype, device=_device(config.device))
+        base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device))
     service = build(config, base)
     for name, path in adapters.items():
         service.engine.pool.register(name, path)
@@ -185,7 +186,7 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     fitting = Fitting(model, dtype=weight.dtype, any_base=config.any_base)
     banks = Banks(fitting.site_map.modules, dtype=weight.dtype, device=weight.device)
-    runner = choose_runner(model, banks, places=config.places, capacity=capacity)
+    runner = choose_runner(model, banks, places=config.places, capacity=capacity, kernel=config.kernel)
 
     def load(path: Path) -> Fitted:
         return fitting.fit(store.load(path))
@@ -194,22 +195,14 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
                 reserved=(config.served_name or config.model,))
     scheduler = Scheduler(places=config.places, prefill_tokens=config.prefill_tokens, max_waiting=config.max_waiting,
                           remember=runner.reuses)
-    merge = AutoMerge(model, fitting.site_map, after=config.auto_merge) if config.auto_merge else None
+    merge = AutoMerge(model, fitting.site_map, after=config.auto_merge) if config.auto_merge and runner.merges else None
+    if config.auto_merge and merge is None:
+        runner.says += "; nothing is merged, since merged weights would take 32 bits and be slower"
     tokenizer: Any = base.tokenizer
     engine = Engine(runner, scheduler, pool, banks, merge=merge,
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
                     ends=bases.stop_tokens(model, tokenizer, [bases.turn_end(tokenizer)]))
-    return Service(config, base, engine, banks, capacity, time.time())
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ConfigError(Fault("ServeConfig.device", f"got '{name}'", "auto, or a device of this machine")) from error
-    return name
+    return Service(config, base, engine, banks, capacity, time.time(), runner.says)
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:

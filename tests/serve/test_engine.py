@@ -55,8 +55,16 @@ CASES: list[tuple[str, dict[str, float]]] = [
         {"wide": 0.5, "head": 1.5, "scaled": 1.0})]
 
 
-def test_every_row_of_a_mixed_batch_is_pefts_answer(service: Service, reference: Callable[..., list[int]]) -> None:
-    assert type(service.engine._runner).__name__ == "RowRunner"
+@pytest.mark.parametrize(("kernel", "runner"), [(True, "NativeRunner"), (False, "RowRunner")])
+def test_every_row_of_a_mixed_batch_is_pefts_answer(kernel: bool, runner: str, base_folder: Path,
+                                                    adapter_folders: dict[str, Path],
+                                                    reference: Callable[..., list[int]]) -> None:
+    with open_service(config(base_folder, kernel=kernel), adapter_folders) as service:
+        assert type(service.engine._runner).__name__ == runner
+        check_mixed_batch(service, reference)
+
+
+def check_mixed_batch(service: Service, reference: Callable[..., list[int]]) -> None:
     slow_start = service.engine.call(lambda: time.sleep(0.5))  # so that many prompts are computed in one step
     listeners = [Listener() for _ in CASES]
     for listener, (prompt, mix) in zip(listeners, CASES, strict=True):
@@ -69,7 +77,8 @@ def test_every_row_of_a_mixed_batch_is_pefts_answer(service: Service, reference:
 
 
 @pytest.mark.parametrize("fields", [{"places": 1}, {"places": 6, "prefill_tokens": 3}, {"places": 12},
-                                    {"places": 6, "auto_merge": 1e-9}])
+                                    {"places": 6, "auto_merge": 1e-9}, {"places": 4, "kernel": False},
+                                    {"places": 6, "auto_merge": 1e-9, "kernel": False}])
 def test_however_it_is_scheduled(fields: dict[str, Any], base_folder: Path, adapter_folders: dict[str, Path],
                                  reference: Callable[..., list[int]]) -> None:
     cases = CASES[::3]

@@ -103,6 +103,16 @@ def test_a_key_is_asked_of_everything_that_tells_or_does_something(base_folder: 
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+def test_the_interface_is_told_without_a_network(client: httpx.Client) -> None:
+    page, document = client.get("/docs").text, client.get("/openapi.json").json()
+    assert "https://" not in page
+    assert "<script" not in page
+    for path in document["paths"]:
+        assert path in page
+    for field in ("messages", "repetition_penalty", "lora", "lora_path", "list of LoraScale"):
+        assert field in page
+
+
 def test_a_body_that_is_too_long(base_folder: Path) -> None:
     with open_service(config(base_folder, max_request_bytes=2000), {}) as service, live(service) as url:
         long = json.dumps(CHAT | {"user": "x" * 3000}).encode()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
 
 from deltaw import __version__
-from deltaw.serve.http import errors, openai, operations
+from deltaw.serve.http import errors, openai, operations, reference
 from deltaw.serve.http.guard import Guard
 
 if TYPE_CHECKING:
@@ -28,11 +29,17 @@ class Draining:
 def create_app(service: Service, draining: Draining | None = None) -> FastAPI:
     """The ASGI application over a running service."""
     draining = draining or Draining()
-    app = FastAPI(title="deltaw", version=__version__, redoc_url=None,
+    app = FastAPI(title="deltaw", version=__version__, docs_url=None, redoc_url=None,
                   description="One base, many adapters: OpenAI's API, with the adapter chosen by `model`.")
     errors.add_handlers(app)
     for routes in (openai.router(service), operations.adapters(service), operations.state(service, draining)):
         app.include_router(routes)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def interface() -> Response:
+        """The interface, to be read; FastAPI's own page would come from the network."""
+        return HTMLResponse(reference.page(app.openapi()), headers=operations.POLICY)
+
     app.add_middleware(Guard, api_key=service.config.api_key, max_bytes=service.config.max_request_bytes,
                        draining=draining)
     return app

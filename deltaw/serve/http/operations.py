@@ -40,10 +40,11 @@ def adapters(service: Service) -> APIRouter:
     async def unload(asked: UnloadAdapter) -> str:
         """Forget an adapter; answers under way end with it."""
         _require_runtime_loading(service)
-        if asked.lora_name not in service.adapters:
+        try:
+            await run_in_threadpool(service.unload_adapter, asked.lora_name)
+        except StateError as error:
             raise Refused(404, f"The adapter '{asked.lora_name}' does not exist.", param="lora_name",
-                          code="model_not_found")
-        await _changed(service.unload_adapter, asked.lora_name)
+                          code="model_not_found") from error
         return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
 
     @routes.get("/lora-adapters")
