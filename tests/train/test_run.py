@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,11 @@ def interrupting(step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None
         original(self, state, **figures)
         if state.step == step:
             for _ in range(times):
+                before = signal.getsignal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
+                until = time.monotonic() + 5
+                while signal.getsignal(signal.SIGINT) is before and time.monotonic() < until:
+                    time.sleep(0.001)  # two signals that nobody has looked at yet are one
 
     monkeypatch.setattr(MetricsLog, "step", watched)
 
