@@ -10,7 +10,7 @@
 
 #define RUN 8               /* most rows that are worked on at once, all of one adapter */
 #define PHASES 12           /* more than there are meetings in a layer */
-#define SPINS 4000          /* looks at a barrier before others are let in */
+#define SPINS 4000          /* looks at a barrier before a thread sleeps */
 
 typedef struct { int first, count; } Run;
 
@@ -23,6 +23,8 @@ typedef struct {
     float *tiled;                       /* inputs of the next product, in tiles */
     float *normed, *qkv, *attended, *y, *gate, *up, *h, *scratch;
     atomic_int *next, arrived, meetings, threads;       /* 0 threads: not all have been made yet */
+    pthread_mutex_t lock;
+    pthread_cond_t met;
 } Job;
 
 typedef struct {
@@ -42,18 +44,25 @@ static int share(Worker *me, int total, int size, int *first, int *end)
     return *first < total;
 }
 
-/* Wait for the other threads; the next phase begins. */
+/* Wait for the other threads; the next phase begins. Who waits long sleeps: beside another busy process a thread that
+   spins takes the processor from the one that it waits for. */
 static void meet(Worker *me)
 {
     Job *job = me->job;
     int meeting = me->phase++;
     if (atomic_fetch_add(&job->arrived, 1) + 1 == job->threads) {
         atomic_store(&job->arrived, 0);
+        pthread_mutex_lock(&job->lock);
         atomic_store(&job->meetings, meeting + 1);
+        pthread_cond_broadcast(&job->met);
+        pthread_mutex_unlock(&job->lock);
         return;
     }
-    for (int spins = 0; atomic_load(&job->meetings) == meeting; spins++)
-        if (spins > SPINS) sched_yield();
+    for (int spins = 0; spins < SPINS; spins++)
+        if (atomic_load(&job->meetings) != meeting) return;
+    pthread_mutex_lock(&job->lock);
+    while (atomic_load(&job->meetings) == meeting) pthread_cond_wait(&job->met, &job->lock);
+    pthread_mutex_unlock(&job->lock);
 }
 
 /* The runs of a thread. */

@@ -140,7 +140,8 @@ static void run_threads(Job *job, Worker *workers, pthread_t *threads)
 /* 0, or 1 where there is not enough memory. */
 int step(const Model *m, const Step *s)
 {
-    Job job = {.m = m, .s = s, .M = tile_rows(s->rows)};
+    Job job = {.m = m, .s = s, .M = tile_rows(s->rows), .lock = PTHREAD_MUTEX_INITIALIZER,
+               .met = PTHREAD_COND_INITIALIZER};
     job.tiles = (s->rows + job.M - 1) / job.M;
     job.width = m->layer->q.out + m->layer->k.out + m->layer->v.out;
     for (int b = 0; b < s->banks; b++) job.max_rank = s->rank[b] > job.max_rank ? s->rank[b] : job.max_rank;
