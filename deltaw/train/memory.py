@@ -85,14 +85,8 @@ def release_at_once() -> bool:
     tokens where 0.13 are needed. Mapping each large tensor by itself costs page faults, a tenth to a fifth of a step's
     time, so that it is for those who ask for memory. It stays so for the process.
     """
-    try:
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  # other libraries give this number another meaning
-        return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE))
-    except (AttributeError, OSError, TypeError):
-        return False
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE))
 
 
 def give_back() -> None:
@@ -101,12 +95,21 @@ def give_back() -> None:
     Between two steps nearly all of a heap is free, but in pieces: the next step finds no piece that fits and takes
     more, a quarter beyond what it needs. Given back, the pieces are one again.
     """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    """The C library where it is glibc; others give mallopt's numbers another meaning, and have no malloc_trim."""
     try:
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018
     except (AttributeError, OSError, TypeError):
-        pass
+        return None
+    return libc
 
 
 def memory_in_use() -> int:
