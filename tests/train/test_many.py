@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import deltaw
 from deltaw.bases import Base
 from deltaw.errors import ConfigError, DataError, StateError, TargetError
+from deltaw.plan import Plan, plan
 from deltaw.plan.devices import Device
 from deltaw.train import Job, TrainMany, train_many
 from deltaw.train.passes import gradients
@@ -71,14 +72,21 @@ def test_a_small_budget_changes_who_steps_and_not_what_is_learned(make: Make, al
         assert max(alone(name)) <= SAME, name
 
 
-
 def test_a_set_is_planned_before_its_first_round(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the memory of all its jobs, and refused where that cannot be had."""
-    def peak(count: int) -> float:
+    plans: list[Plan] = []
+
+    def kept(*asked: Any, **options: Any) -> Plan:
+        plans.append(plan(*asked, **options))
+        return plans[-1]
+
+    monkeypatch.setattr("deltaw.train.foresight.plan", kept)
+
+    def peak(count: int) -> int:
         jobs = [make(f"{count}-{i}", max_steps=1) for i in range(count)]
         with TrainMany(jobs, together(tmp_path / str(count)), quiet=True) as many:
-            value, unit = next(line for line in many.lines if "at the peak" in line).split()[1:3]
-        return float(value) * {"MB": 1e6, "GB": 1e9}[unit]
+            assert any("at the peak" in line for line in many.lines)
+        return plans[-1].methods[0].peak
 
     one, eight = peak(1), peak(8)
     assert eight > one
