@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,11 +118,11 @@ def start_vllm(config: ServeConfig, adapters: dict[str, Path]) -> None:
     from deltaw.serve import vllm
     from deltaw.serve.pool import read_config
 
-    program = vllm.program()
+    python = vllm.interpreter()
     if config.allow_runtime_loading:
         raise ConfigError(Fault("--allow-runtime-loading", "cannot be limited to a folder by vLLM", "engine deltaw",
                                 "Start vLLM by hand with VLLM_ALLOW_RUNTIME_LORA_UPDATING if every client is trusted"))
     ranks = [rank for path in adapters.values() if isinstance(rank := read_config(path).get("r"), int)]
-    words = vllm.command(config, adapters, max_rank=max(ranks, default=16), program=program)
-    say(" ".join(words))
-    os.execvpe(program, words, os.environ | vllm.environment(config))
+    words = vllm.command(config, adapters, max_rank=max(ranks, default=16), python=python)
+    say(shlex.join(words))
+    os.execvpe(python, words, os.environ | vllm.environment(config))

@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deltaw.errors import BaseModelError
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -84,12 +86,28 @@ def test_vllm_gets_the_same_adapters_names_and_address(adapters: dict[str, Path]
                           "--adapters", adapters["yes"].parent)
     assert code == 0
     path, words, environment = started
-    assert path == str(program)
-    assert words[1:7] == ["serve", "some/base", "--host", "127.0.0.1", "--port", "9001"]
+    assert path == sys.executable
+    assert words[1:9] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/base", "--host", "127.0.0.1",
+                          "--port", "9001"]
     modules = [json.loads(word) for word in words[words.index("--lora-modules") + 1:]]
     assert modules == [{"name": name, "path": str(adapters[name])} for name in ("no", "yes")]
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(words) + err
+
+
+def test_vllm_opens_what_deltaw_keeps_of_a_gguf_file(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hub ids and folders go through as they are; a GGUF file as the safetensors folder it was converted to."""
+    from deltaw.serve.vllm import openable
+
+    assert [openable(model) for model in ("owner/name", str(base))] == ["owner/name", str(base)]
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr("deltaw.bases.gguf.converted", lambda *_: None)
+    monkeypatch.setattr("deltaw.bases.gguf.convert", lambda file, dtype: (base, None, None))
+    assert openable(str(file)) == str(base)
+    monkeypatch.setattr("deltaw.bases.gguf.convert", lambda file, dtype: (None, None, None))
+    with pytest.raises(BaseModelError, match="could not be kept"):
+        openable(str(file))
 
 
 def test_a_url_that_nobody_answers(deltaw: Run) -> None:
