@@ -95,7 +95,7 @@ def test_vllm_gets_the_same_adapters_names_and_address(adapters: dict[str, Path]
     assert "secret" not in " ".join(words) + err
 
 
-def test_vllm_opens_what_deltaw_keeps_of_a_gguf_file(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_opens_what_is_kept_of_a_gguf_file(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub ids and folders go through as they are; a GGUF file as the safetensors folder it was converted to."""
     from deltaw.serve.vllm import openable
 
