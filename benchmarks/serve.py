@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,6 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, report, smollm2_shaped
+from serve_rivals import Rivals, Vllm, base_model, prompt
 
 import deltaw
 from deltaw import bases
@@ -41,7 +41,7 @@ from deltaw.serve.config import ServeConfig
 from deltaw.serve.request import Event, SamplingParams
 from deltaw.serve.service import Service, build
 
-PROMPT, REGISTERED, ZIPF = 32, 1000, 1.1
+REGISTERED, ZIPF = 1000, 1.1
 
 
 class Words:
@@ -54,7 +54,9 @@ class Words:
 
 
 MAIN = ("base", "16 adapters", "1000 zipf", "one base", "one adapter", "transformers", "transformers one", "peft",
-        "first loaded", "first unloaded")
+        "first loaded", "first unloaded", "merged")
+CHECKED = 24
+"""Tokens of each answer that are compared."""
 
 
 def main() -> int:
@@ -66,30 +68,28 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--weights", choices=("published", "fp32", "bf16"), default="published")
     parser.add_argument("--kernel", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--only", nargs="+", default=list(MAIN), metavar="LABEL", help=f"of {', '.join(MAIN)}, merged")
+    parser.add_argument("--only", nargs="*", default=list(MAIN), metavar="LABEL", help=f"of {', '.join(MAIN)}")
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--vllm-dtype", default="bfloat16")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     tokens = 24 if options.quick else options.tokens
+    places = 64 if options.full else 16
     with tempfile.TemporaryDirectory() as folder:
         paths = write_adapters(Path(folder), options.rank, 16, REGISTERED)
-        service = open_bench(paths, places=64 if options.full else 16, weights=options.weights, kernel=options.kernel)
+        service = open_bench(paths, places=places, weights=options.weights, kernel=options.kernel)
         print(service.says, flush=True)
-        vllm = Vllm(options.vllm, options.vllm_dtype, Path(folder), list(paths)[:16], tokens) if options.vllm else None
-        cases = main_cases(service, Rivals(paths, tokens, options.weights), vllm, tokens, rounds, list(paths),
-                           options.only)
+        names = list(paths)
+        vllm = Vllm(options.vllm, options.vllm_dtype, Path(folder), names[:256], places) if options.vllm else None
+        rivals = Rivals(paths, options.weights)
+        equal = check(service, rivals, vllm, names)
+        cases = main_cases(service, rivals, vllm, tokens, rounds, names, options.only, equal)
         if options.full:
-            more(service, tokens, list(paths))
+            cases += closed_loop(service, rivals, vllm, tokens, names, equal) + open_loop(service, tokens, names)
         service.close()
         if vllm is not None:
             vllm.close()
     return min(1, report("serve", cases))
-
-
-def base_model(weights: str) -> torch.nn.Module:
-    model = smollm2_shaped(torch.float32)
-    return model if weights == "fp32" else model.bfloat16() if weights == "bf16" else model.bfloat16().float()
 
 
 def write_adapters(folder: Path, rank: int, different: int, total: int) -> dict[str, Path]:
@@ -125,10 +125,6 @@ def open_bench(paths: Mapping[str, Path], *, places: int, weights: str = "publis
     tracemalloc.stop()
     service.engine.start()
     return service
-
-
-def prompt(seed: int) -> list[int]:
-    return random.Random(seed).choices(range(1000, 40000), k=PROMPT)
 
 
 class Client(threading.Event):
@@ -191,68 +187,8 @@ def zipf(names: Sequence[str], seed: int = 0) -> Callable[[], dict[str, float]]:
     return lambda: {rng.choices(names, weights)[0]: 1.0}
 
 
-class Rivals:
-    """transformers' `generate` and PEFT's mixed batch, 16 rows, padded, each with its own static settings."""
-
-    def __init__(self, paths: Mapping[str, Path], tokens: int, weights: str) -> None:
-        from peft import PeftModel
-
-        self.base: Any = base_model(weights).float()
-        self.names = list(paths)[:16]
-        inner: Any = base_model(weights).float()
-        self.mixed: Any = None
-        for name in self.names:
-            if self.mixed is None:
-                self.mixed = PeftModel.from_pretrained(inner, paths[name], adapter_name=name)
-            else:
-                self.mixed.load_adapter(paths[name], adapter_name=name)
-        self.mixed.eval()
-        self.tokens = tokens
-
-    @torch.inference_mode()
-    def generate(self, model: Any, rows: int, tokens: int, **options: Any) -> tuple[float, list[list[int]]]:
-        """Tokens a second, and the tokens."""
-        ids = torch.tensor([prompt(seed) for seed in range(rows)])
-        begin = time.perf_counter()
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                             min_new_tokens=tokens, pad_token_id=0, eos_token_id=None, **options)
-        return rows * tokens / (time.perf_counter() - begin), out[:, PROMPT:].tolist()
-
-
-class Vllm:
-    """vLLM in a process of its own."""
-
-    def __init__(self, python: str, dtype: str, folder: Path, names: list[str], tokens: int) -> None:
-        model: Any = base_model("bf16")
-        model.save_pretrained(folder / "base")
-        script = Path(__file__).parent / "serve_vllm.py"
-        self.process = subprocess.Popen(
-            [python, str(script), str(folder / "base"), str(folder), ",".join(names), "16", str(tokens), dtype],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
-        self._until("ready")
-
-    def run(self, what: str) -> float:
-        """Tokens a second of `base` or `lora`."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return float(self._until(""))
-
-    def _until(self, word: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.strip() == word or (not word and line.strip().replace(".", "", 1).isdigit()):
-                return line
-        raise SystemExit("vLLM ended")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-
-
 def main_cases(service: Service, rivals: Rivals, vllm: Vllm | None, tokens: int, rounds: int, names: list[str],
-               only: Sequence[str]) -> list[Case]:
+               only: Sequence[str], equal: Mapping[str, bool]) -> list[Case]:
     sixteen = [{name: 1.0} for name in names[:16]]
     draw = zipf(names)
     measures: dict[str, Callable[[], float]] = {
@@ -261,37 +197,41 @@ def main_cases(service: Service, rivals: Rivals, vllm: Vllm | None, tokens: int,
         "1000 zipf": lambda: closed(service, 16, 32, draw, tokens),
         "one base": lambda: together(service, [{}], tokens),
         "one adapter": lambda: together(service, sixteen[:1], tokens),
-        "transformers": lambda: rivals.generate(rivals.base, 16, tokens)[0],
-        "transformers one": lambda: rivals.generate(rivals.base, 1, tokens)[0],
-        "peft": lambda: rivals.generate(rivals.mixed, 16, min(tokens, 16), adapter_names=rivals.names)[0],
-        "merged": lambda: merged(service, names[0], tokens),
+        "transformers": lambda: rivals.generate(0, 16, tokens)[0],
+        "transformers one": lambda: rivals.generate(0, 1, tokens)[0],
+        "peft": lambda: rivals.generate(16, 16, min(tokens, 16))[0],
         "first loaded": lambda: 1e3 * first_token(service, names[0]),
         "first unloaded": lambda: 1e3 * first_token(service, unloaded(service, names)),
     }
-    chosen = {label: measures[label] for label in only}
+    chosen = {label: measures[label] for label in only if label in measures}
     if vllm is not None:
-        chosen |= {"vllm base": lambda: vllm.run("base"), "vllm lora": lambda: vllm.run("lora")}
+        chosen |= {"vllm base": lambda: vllm.run(0, 16, tokens)[0], "vllm lora": lambda: vllm.run(16, 16, tokens)[0]}
     together(service, [{}] * 16, 4), together(service, sixteen, 4)
-    equal = check(service, rivals, names) if service.base.dtype == torch.float32 else True
     speeds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for label, measure in chosen.items():
             speeds.setdefault(label, []).append(measure())
             print(f"  {label}: {speeds[label][-1]:.1f}", flush=True)
-    return compared({label: statistics.median(values) for label, values in speeds.items()}, service, equal)
+    cases = compared({label: statistics.median(values) for label, values in speeds.items()}, service, equal)
+    if "merged" in only:
+        ours, base = merged_beside_base(service, names[0], tokens, 4 * rounds)
+        cases.append(Case("one stream, an adapter merged", "ms/tok", ours, base, "base", 1.02,
+                          equal=equal["transformers"]))
+    return cases
 
 
-def compared(m: dict[str, float], service: Service, equal: bool) -> list[Case]:
+def compared(m: dict[str, float], service: Service, equal: Mapping[str, bool]) -> list[Case]:
     """The table's rows, of what was measured."""
-    rows = [("16 adapters / base", "16 adapters", "base", 0.85),
-            ("1,000 registered, Zipf / 16 adapters", "1000 zipf", "16 adapters", 0.8),
-            ("base, 16 rows", "base", "transformers", 1.0), ("16 adapters", "16 adapters", "peft", 5.0),
-            ("one stream", "one base", "transformers one", 2.0),
-            ("one stream, merged / base", "merged", "one base", 0.98),
-            ("one stream, adapter / base", "one adapter", "one base", 0.95),
-            ("base, 16 rows", "base", "vllm base", 1.0), ("16 adapters", "16 adapters", "vllm lora", 2.0)]
-    cases = [Case(name, "tok/s", m[ours], m[rival], rival, target, "higher", equal=equal)
-             for name, ours, rival, target in rows if ours in m and rival in m]
+    rows = [("16 adapters / base", "16 adapters", "base", 0.85, "peft"),
+            ("1,000 registered, Zipf / 16 adapters", "1000 zipf", "16 adapters", 0.8, "peft"),
+            ("base, 16 rows", "base", "transformers", 1.0, "transformers"),
+            ("16 adapters", "16 adapters", "peft", 5.0, "peft"),
+            ("one stream", "one base", "transformers one", 2.0, "transformers"),
+            ("one stream, adapter / base", "one adapter", "one base", 0.95, "peft"),
+            ("base, 16 rows", "base", "vllm base", 1.0, "vllm base"),
+            ("16 adapters", "16 adapters", "vllm lora", 2.0, "vllm lora")]
+    cases = [Case(name, "tok/s", m[ours], m[rival], rival, target, "higher", equal=equal[judge])
+             for name, ours, rival, target, judge in rows if ours in m and rival in m]
     if "first loaded" in m and "first unloaded" in m:
         cases.append(Case("first token, not loaded - loaded", "ms", m["first unloaded"] - m["first loaded"], 1.0,
                           "(limit 50 ms)", 50, "lower", limit=50))
@@ -300,14 +240,30 @@ def compared(m: dict[str, float], service: Service, equal: bool) -> list[Case]:
                          limit=10_000)]
 
 
-def check(service: Service, rivals: Rivals, names: list[str]) -> bool:
-    """Whether the first tokens of a mixed batch are PEFT's, and those of the base transformers'."""
-    clients = [Client(service, {name: 1.0}, 8, i) for i, name in enumerate(names[:16])]
-    plain = [Client(service, {}, 8, i) for i in range(16)]
-    for client in (*clients, *plain):
-        client.wait()
-    same = [c.written for c in clients] == rivals.generate(rivals.mixed, 16, 8, adapter_names=rivals.names)[1]
-    return same and [c.written for c in plain] == rivals.generate(rivals.base, 16, 8)[1]
+def check(service: Service, rivals: Rivals, vllm: Vllm | None, names: list[str]) -> dict[str, bool]:
+    """Whether 16 answers of the base are transformers' and vLLM's, and 16 of different adapters PEFT's and vLLM's.
+
+    vLLM in bfloat16 rounds each product, and a model of random weights has near ties: then the share of answers that
+    begin alike is printed, and half of the first tokens have to be the same.
+    """
+    mine: list[list[list[int]]] = []
+    for mixes in ([{}] * 16, [{name: 1.0} for name in names[:16]]):
+        clients = [Client(service, mix, CHECKED, i) for i, mix in enumerate(mixes)]
+        for client in clients:
+            client.wait()
+        mine.append([client.written for client in clients])
+    theirs = {"transformers": rivals.generate(0, 16, CHECKED)[1], "peft": rivals.generate(16, 16, CHECKED)[1]}
+    if vllm is not None:
+        theirs |= {"vllm base": vllm.run(0, 16, CHECKED, 0)[1], "vllm lora": vllm.run(16, 16, CHECKED, 0)[1]}
+    found = {}
+    for name, rows in theirs.items():
+        own = mine[name in ("peft", "vllm lora")]
+        whole = sum(a == b for a, b in zip(own, rows, strict=True))
+        first = sum(a[0] == b[0] for a, b in zip(own, rows, strict=True))
+        print(f"  as {name}: {whole} of 16 answers of {CHECKED} tokens, {first} of 16 first tokens", flush=True)
+        rounded = name.startswith("vllm") and vllm is not None and vllm.dtype != "float32"
+        found[name] = first >= 8 if rounded else whole == 16
+    return found
 
 
 def first_token(service: Service, name: str) -> float:
@@ -321,8 +277,8 @@ def unloaded(service: Service, names: list[str]) -> str:
     return next(name for name in reversed(names) if pool.entry(name).loaded is None)
 
 
-def merged(service: Service, name: str, tokens: int) -> float:
-    """Tokens a second of one stream of an adapter that is merged by hand."""
+def merged_beside_base(service: Service, name: str, tokens: int, turns: int) -> tuple[float, float]:
+    """Milliseconds a token of one stream of an adapter that is merged by hand, and of the base: medians, in turns."""
     from deltaw.inject import find_sites
     from deltaw.serve.merging import AutoMerge
 
@@ -338,30 +294,51 @@ def merged(service: Service, name: str, tokens: int) -> float:
         merge.undo()
         service.banks.merged = None
 
-    engine.call(begin).result()
-    together(service, [{name: 1.0}], 2)
-    speed = together(service, [{name: 1.0}], tokens)
-    engine.call(end).result()
-    together(service, [{}], 2)
-    return speed
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns):
+        for side in (0, 1) if turn % 2 else (1, 0):
+            if side == 0:
+                engine.call(begin).result()
+            mix = {name: 1.0} if side == 0 else {}
+            together(service, [mix], 2)
+            times[side].append(1e3 / together(service, [mix], tokens))
+            if side == 0:
+                engine.call(end).result()
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
-def more(service: Service, tokens: int, names: list[str]) -> None:
-    """The whole table: clients by adapters in the closed loop, and waiting in the open loop."""
-    for clients in (1, 4, 16, 64):
-        for adapters in (1, 16, 256):
-            speed = closed(service, clients, 2 * clients, zipf(names[:adapters]), tokens)
-            print(f"closed loop, {clients:2} clients, {adapters:3} adapters: {speed:7.1f} tok/s", flush=True)
+def closed_loop(service: Service, rivals: Rivals, vllm: Vllm | None, tokens: int, names: list[str],
+                equal: Mapping[str, bool]) -> list[Case]:
+    """Clients by adapters, drawn by Zipf's law, beside rivals that get as many rows at once."""
+    cases = []
+    for clients, adapters in itertools.product((1, 4, 16, 64), (1, 16, 256)):
+        case = f"closed loop, {clients} clients, {adapters} adapters"
+        speed = closed(service, clients, 2 * clients, zipf(names[:adapters]), tokens)
+        print(f"  {case}: {speed:.1f} tok/s", flush=True)
+        if adapters <= 16:
+            peft = rivals.generate(adapters, clients, min(tokens, 8))[0]
+            cases.append(Case(case, "tok/s", speed, peft, "peft", 1.0, "higher", equal=equal["peft"]))
+        if vllm is not None:
+            theirs = vllm.run(adapters, clients, tokens)[0]
+            cases.append(Case(case, "tok/s", speed, theirs, "vllm lora", 1.0, "higher", equal=equal["vllm lora"]))
+    return cases
+
+
+def open_loop(service: Service, tokens: int, names: list[str]) -> list[Case]:
+    """Requests that come at random times, however many are under way: how long the first token takes."""
+    cases = []
     for rate in (1.0, 4.0):
-        rng, draw, clients_ = random.Random(0), zipf(names[:256]), []
+        rng, draw, clients = random.Random(0), zipf(names[:256]), []
         for _ in range(24):
             time.sleep(rng.expovariate(rate))
-            clients_.append(Client(service, draw(), tokens, next(_seeds)))
-        for client in clients_:
+            clients.append(Client(service, draw(), tokens, next(_seeds)))
+        for client in clients:
             client.wait()
-        waits = sorted(1e3 * (c.first - c.began) for c in clients_)
-        print(f"open loop, {rate:g} requests/s, 256 adapters: first token {statistics.median(waits):.0f} ms median, "
-              f"{waits[int(0.95 * len(waits))]:.0f} ms at 95 %", flush=True)
+        waits = sorted(1e3 * (client.first - client.began) for client in clients)
+        cases += [Case(f"open loop, {rate:g}/s, 256 adapters: first token, {what}", "ms", wait, 1.0, "(for the record)",
+                       60_000, "lower") for what, wait in (("median", statistics.median(waits)),
+                                                           ("95 %", waits[int(0.95 * len(waits))]))]
+    return cases
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""The rivals of `serve.py`: transformers' `generate`, PEFT's mixed batch, and vLLM in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import smollm2_shaped
+
+PROMPT = 32
+_seeds = itertools.count(1_000_000)
+
+
+def base_model(weights: str) -> torch.nn.Module:
+    model = smollm2_shaped(torch.float32)
+    return model if weights == "fp32" else model.bfloat16() if weights == "bf16" else model.bfloat16().float()
+
+
+def prompt(seed: int) -> list[int]:
+    return random.Random(seed).choices(range(1000, 40000), k=PROMPT)
+
+
+class Rivals:
+    """transformers' `generate` and PEFT's mixed batch: rows of one length, so that nothing is padded."""
+
+    def __init__(self, paths: Mapping[str, Path], weights: str) -> None:
+        from peft import PeftModel
+
+        self.base: Any = base_model(weights).float()
+        self.names = list(paths)[:16]
+        inner: Any = base_model(weights).float()
+        self.mixed: Any = None
+        for name in self.names:
+            if self.mixed is None:
+                self.mixed = PeftModel.from_pretrained(inner, paths[name], adapter_name=name)
+            else:
+                self.mixed.load_adapter(paths[name], adapter_name=name)
+        self.mixed.eval()
+
+    @torch.inference_mode()
+    def generate(self, adapters: int, rows: int, tokens: int) -> tuple[float, list[list[int]]]:
+        """Tokens a second of transformers (0 adapters) or of so many adapters in PEFT's mixed batch; and the tokens."""
+        model = self.mixed if adapters else self.base
+        options = {"adapter_names": [self.names[i % adapters] for i in range(rows)]} if adapters else {}
+        ids = torch.tensor([prompt(seed) for seed in range(rows)])
+        begin = time.perf_counter()
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                             min_new_tokens=tokens, pad_token_id=0, eos_token_id=None, **options)
+        return rows * tokens / (time.perf_counter() - begin), out[:, PROMPT:].tolist()
+
+
+class Vllm:
+    """vLLM in a process of its own, asked line by line."""
+
+    def __init__(self, python: str, dtype: str, folder: Path, names: list[str], places: int) -> None:
+        self.dtype = dtype
+        model: Any = base_model("bf16")
+        model.save_pretrained(folder / "base")
+        script = Path(__file__).parent / "serve_vllm.py"
+        self.process = subprocess.Popen(
+            [python, str(script), str(folder / "base"), str(folder), ",".join(names), str(places), dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+        self._answer()
+
+    def run(self, adapters: int, rows: int, tokens: int, seed: int | None = None) -> tuple[float, list[list[int]]]:
+        """Tokens a second of so many requests at once, on the base or on so many adapters in turn, and the tokens."""
+        assert self.process.stdin is not None
+        asked = {"adapters": adapters, "rows": rows, "tokens": tokens, "seed": next(_seeds) if seed is None else seed}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        found = self._answer()
+        return found["speed"], found["tokens"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):  # what vLLM itself prints is passed over
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise SystemExit("vLLM ended")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
