@@ -81,9 +81,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        if pace.release_memory:
-            give_back()
-
         state.step += 1
         state.units += drawn.units
         state.tokens += drawn.tokens
@@ -108,6 +105,8 @@ class Run:
                 began = time.perf_counter()
                 drawn = self.draw()
                 losses = [backward(self.tuning, self.objective, batch, drawn.units) for batch in drawn.batches]
+                if self.pace.release_memory:
+                    give_back()
                 self.settle(drawn, losses, lambda began=began: time.perf_counter() - began)  # type: ignore[misc]
                 saved = self.save() if interrupt.requested or due(self.pace.save_every, self.state.step) else None
                 if interrupt.requested:

@@ -35,6 +35,7 @@ from deltaw.train.job_checks import Loader, check_jobs, load_jobs, of_job
 from deltaw.train.jobs_record import Record
 from deltaw.train.many_config import ManyConfig
 from deltaw.train.many_result import ManyResult
+from deltaw.train.memory import give_back
 from deltaw.train.objective import CausalLoss
 from deltaw.train.passes import gradients
 from deltaw.train.prepare import Choices, Preparation
@@ -223,6 +224,8 @@ class TrainMany:
         chosen = [self.jobs[name] for name in self.scheduler.choose(tokens)]
         self.base.model.train()
         losses, seconds = gradients(self.board, chosen, self.scheduler.budget, self._failing)
+        if any(job.session.pace.release_memory for job in chosen):
+            give_back()
         for job in chosen:
             if job.status != "running":
                 continue

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import deltaw
+from deltaw.train import train_many
+from tests.train.many_sets import Make, config_maker, together
+
 HOLES = """
 import sys, torch
 from deltaw.train.memory import give_back, memory_in_use, release_at_once
@@ -35,3 +39,22 @@ def test_holes_are_given_back(repo: Path) -> None:
     assert at_once >= 70  # of 80
     assert given_back("between steps")[1] >= 70
     assert given_back("as it comes")[1] <= 20
+
+
+@pytest.fixture
+def make(base_folder: Path, color_rows: Path, tmp_path: Path) -> Make:
+    return config_maker(base_folder, color_rows, tmp_path)
+
+
+def test_memory_is_given_back_once_a_step(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone after each step, in a set after each pass and not for every job; where nobody asks, never."""
+    calls = []
+    for module in ("loop", "many"):
+        monkeypatch.setattr(f"deltaw.train.{module}.give_back", lambda: calls.append(1))
+
+    deltaw.train(make("alone", max_steps=3, release_memory=True), quiet=True)
+    assert len(calls) == 3
+    train_many([make("a", max_steps=3, release_memory=True), make("b", max_steps=3)], together(tmp_path), quiet=True)
+    assert len(calls) == 6
+    deltaw.train(make("none", max_steps=3), quiet=True)
+    assert len(calls) == 6
