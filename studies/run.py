@@ -90,8 +90,8 @@ def collect(study: str, work: Path) -> None:
     from deltaw.compare.advice import advise
     from deltaw.compare.arms import arms_of_comparison, runs_of
     from deltaw.compare.config import CompareConfig
+    from deltaw.compare.run import read_outcome
     from deltaw.compare.studies import StudyResult, plain
-    from deltaw.compare.study import read_outcome
     from deltaw.compare.table import rows_of
     from deltaw.report.comparison import study_page
 

@@ -10,7 +10,7 @@ from typing import Any
 from deltaw import bases
 from deltaw.baselines.config import OPTIONS, trains_lora
 from deltaw.compare.config import CompareConfig, SweepConfig, scaled
-from deltaw.compare.study import Run
+from deltaw.compare.run import Run
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault
 from deltaw.switch import attach

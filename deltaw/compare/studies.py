@@ -18,7 +18,8 @@ from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.figures import better
 from deltaw.compare.inputs import check_inputs
 from deltaw.compare.intrinsic import Intrinsic, intrinsic_dimension
-from deltaw.compare.study import TUNED, Run, Tell, read_outcome, run_study
+from deltaw.compare.run import TUNED, Run, read_outcome
+from deltaw.compare.study import Tell, run_study
 from deltaw.compare.table import Row, best_first, rows_of
 from deltaw.store.atomic import replace_text
 from deltaw.train.config import TrainConfig

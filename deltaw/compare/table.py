@@ -10,7 +10,7 @@ from typing import Any
 
 from deltaw.compare.figures import LOWER_IS_BETTER
 from deltaw.compare.noise import Measured, measured
-from deltaw.compare.study import Outcome, Run
+from deltaw.compare.run import Outcome, Run
 
 
 @dataclass(frozen=True, kw_only=True)
