@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deltaw.compare.run import (
@@ -36,31 +36,42 @@ SET_LOG = "together.txt"
 Tell = Callable[[str], None]
 
 
-def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool = False) -> list[Outcome]:
-    """The outcomes of all runs, in their order; those that are done already are read."""
+def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool = False,
+              unsuited: Mapping[str, str] | None = None) -> list[Outcome]:
+    """The outcomes of all runs, in their order; those that are done already are read.
+
+    `unsuited` holds arms that are known not to apply to the base, and why: they are written down and not begun.
+    """
     outcomes: list[Outcome] = []
-    not_applicable: dict[str, Outcome] = {}
+    not_applicable = dict(unsuited or {})
+    for run in runs:
+        if run.arm in not_applicable:
+            write_outcome(prepared(folder, run), _unsuited(run, not_applicable[run.arm]))
     before = {run: outcome for run, outcome in ((run.place, read_outcome(folder, run)) for run in runs)
               if outcome is not None and outcome.status != "failed"}
     shared = _all_sets(folder, [run for run in runs if run.place not in before], tell) if together else {}
     for number, run in enumerate(runs, 1):
         name = f"[{number}/{len(runs)}] {told(run)}"
-        if run.place in before:
+        if run.arm in not_applicable:  # it will not apply with another seed either
+            outcome = _unsuited(run, not_applicable[run.arm])
+        elif run.place in before:
             outcome = before[run.place]
             tell(f"{name}: done before")
         elif run.place in shared:
             outcome = shared[run.place]
             tell(f"{name}: {describe(outcome)}")
-        elif run.arm in not_applicable:  # it will not apply with another seed either
-            outcome = Outcome(identity=run.identity, status="n/a", reason=not_applicable[run.arm].reason)
         else:
             tell(f"{name} ...")
             outcome = execute(folder, run)
             tell(f"{name}: {describe(outcome)}")
         if outcome.status == "n/a":
-            not_applicable[run.arm] = outcome
+            not_applicable[run.arm] = outcome.reason
         outcomes.append(outcome)
     return outcomes
+
+
+def _unsuited(run: Run, reason: str) -> Outcome:
+    return Outcome(identity=run.identity, status="n/a", reason=reason)
 
 
 def sets_of(runs: Sequence[Run]) -> list[list[Run]]:

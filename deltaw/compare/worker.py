@@ -17,17 +17,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from deltaw.compare.run import JUDGES, OUTCOME, SPEC, TOGETHER, TUNED, Outcome, Run, write_outcome
-from deltaw.errors import BaseModelError, ConfigError, DeltawError
+from deltaw.errors import DeltawError, TargetError
 
 if TYPE_CHECKING:
     from deltaw.bases import Base
     from deltaw.compare.judge import Judged
     from deltaw.train.config import TrainConfig
     from deltaw.train.result import TrainResult
-
-NOT_APPLICABLE = (ConfigError, BaseModelError)
-"""What a method that cannot be used on a model raises, before any training."""
-
 
 def main(places: Sequence[Path]) -> int:
     """Do the runs whose folders these are, and leave their outcomes there; 130 where that was stopped."""
@@ -148,9 +144,9 @@ def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together
 
 
 def reason_of(run: Run, error: Exception | str) -> Outcome:
-    """Why a run came to nothing."""
+    """Why a run came to nothing: a method that has nothing to apply to on the model is told from what went wrong."""
     text = str(error) if isinstance(error, (DeltawError, str)) else f"{type(error).__name__}: {error}"
-    return Outcome(identity=run.identity, status="n/a" if isinstance(error, NOT_APPLICABLE) else "failed",
+    return Outcome(identity=run.identity, status="n/a" if isinstance(error, TargetError) else "failed",
                    reason=" ".join(text.split()))
 
 

@@ -41,7 +41,7 @@ def test_compare_trains_judges_and_goes_on_where_it_stopped(deltaw: Deltaw, base
     assert "* of runs that trained in one process" in page
     code, text, log = deltaw(*command, "--json")
     assert code == 0
-    assert log.count("done before") == 3  # the method that does not apply is not asked again either
+    assert log.count("done before") == 2
     result = json.loads(text)
     assert [row["arm"] for row in result["rows"]] == ["lora", "bitfit"]
     assert result["rows"][0]["figures"]["loss"]["n"] == 2
@@ -81,6 +81,28 @@ def test_faults_of_a_study_name_the_option(deltaw: Deltaw) -> None:
     assert "--ranks: got (0,)" in log
     assert "--scales: got 'half'" in log
     assert "Traceback" not in log
+
+
+def test_faults_of_arms_are_usage_errors_before_anything_is_trained(deltaw: Deltaw, base: Path, rows: Path,
+                                                                    tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text('[arms.a]\nmethod = "fulll"\n[arms.b]\nlearning_rate = -1\n', encoding="utf-8")
+    shared = ["--model", base, "--data", rows, "--out", tmp_path / "study"]
+    code, _, log = deltaw("compare", "--config", file, *shared)
+    assert code == 2
+    assert "arm 'a': TrainConfig.method: got 'fulll'" in log
+    assert "arm 'b': TrainConfig.learning_rate: got -1" in log
+    code, _, log = deltaw("sweep", *shared, "--targets", "q_porj,v_proj", "--ranks", "1")
+    assert code == 2
+    assert "arm 'q_porj r=1'" in log
+    assert "Did you mean q_proj" in log
+    code, _, log = deltaw("compare", *shared, "--num-beams", "4", "--metrics", "bleu")
+    assert code == 2
+    assert "--num-beams: got 4 without test data; expected --test with it" in log
+    code, _, log = deltaw("compare", *shared, "--task", "seq-cls", "--metrics", "bleu")
+    assert code == 2
+    assert "--metrics: bleu is of written answers" in log
+    assert not (tmp_path / "study").exists()
 
 
 def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path) -> None:

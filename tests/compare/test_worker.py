@@ -111,6 +111,9 @@ def test_a_method_that_does_not_apply_is_told_from_one_that_failed(tmp_path: Pat
     outcome = done(tmp_path, Run(arm="lora", seed=0, train={**shared, "data": str(tmp_path / "none.jsonl")}))
     assert outcome.status == "failed"
     assert "none.jsonl" in outcome.reason
+    outcome = done(tmp_path, Run(arm="wrong", seed=0, train={**shared, "learning_rate": -1.0}))
+    assert outcome.status == "failed"
+    assert "learning_rate" in outcome.reason
 
 
 def test_few_examples_are_part_of_the_more(tmp_path: Path) -> None:
