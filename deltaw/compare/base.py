@@ -90,8 +90,10 @@ def values_per_rank(model: Any, lora: LoraConfig) -> int:
     return sum(target.parameters for target in resolve(replace(lora, r=1), model, find_sites(model)))
 
 
-def values_of_body(base: Base) -> int:
-    """Values of a classifier without its head, which is new for a task and which papers do not count."""
+def values_of_body(base: Base, task: str) -> int | None:
+    """Values of a classifier without its head, which is new for the task and which papers do not count; else None."""
+    if task != "seq-cls":
+        return None
     model: Any = base.model
     head = {f"{name}." for name in head_modules(model)}
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(tuple(head)))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig
 from deltaw.compare.figures import is_measurable
-from deltaw.compare.published import TABLES
+from deltaw.compare.published import SWEEPS, TABLES
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
 from deltaw.train.beams import Beams
@@ -169,6 +169,8 @@ class SweepConfig(StudyConfig):
     """Successive halving: of this many arms one goes on, to a run so many times as long; 0 trains all to the end."""
     rungs: int = 3
     """Rounds of halving, the last one at full length."""
+    paper: Literal["wikisql", "mnli", "e2e"] | None = None
+    """The task of the LoRA paper that this is, to show its Tables 5 and 6 (wikisql, mnli) or 18 (e2e)."""
 
     def _faults(self) -> list[Fault]:
         faults = super()._faults()
@@ -182,6 +184,8 @@ class SweepConfig(StudyConfig):
             faults.append(self.fault("budget", "a whole number >= 1, or nothing"))
         if self.halving != 0 and self.halving < 2:
             faults.append(self.fault("halving", "0, or a whole number >= 2"))
+        if self.paper is not None and self.paper not in SWEEPS:
+            faults.append(self.fault("paper", "one of " + ", ".join(SWEEPS), near(str(self.paper), SWEEPS)))
         if self.rungs < 2:
             faults.append(self.fault("rungs", "a whole number >= 2"))
         return faults

@@ -15,7 +15,7 @@ from typing import Any
 from deltaw.bases import Base
 from deltaw.compare.advice import Advice, advise
 from deltaw.compare.arms import Arm, arms_of_comparison, arms_of_sweep, runs_of
-from deltaw.compare.base import ranks_in_budget, unsuited_arms
+from deltaw.compare.base import ranks_in_budget, unsuited_arms, values_of_body
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.figures import better, reported
 from deltaw.compare.inputs import check_inputs
@@ -108,7 +108,7 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], base
         tell(f"{label} does not apply: {why}")
     runs = runs_of(config, arms)
     outcomes = run_study(folder, runs, tell, together=config.together == "auto", unsuited=unsuited)
-    rows = rows_of(runs, outcomes)
+    rows = rows_of(runs, outcomes, values_of_body(base, config.train.task))
     curves: dict[str, list[tuple[int, float]]] = {}
     for run, outcome in zip(runs, outcomes, strict=True):
         if outcome.curve and run.size is None:

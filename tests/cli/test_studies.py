@@ -33,7 +33,7 @@ def test_compare_trains_judges_and_goes_on_where_it_stopped(deltaw: Deltaw, base
     assert "lora" in text
     assert "n/a" in text  # a Llama has no biases
     assert "2 runs together: lora, seed 0; lora, seed 1" in log
-    assert "MiB (2 runs)" in text
+    assert "* of runs that trained in one process" in text
     assert "--together off measures each alone" in text
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "does not apply" in page
@@ -121,9 +121,15 @@ def test_what_has_no_figure_is_said_under_the_table(capsys: pytest.CaptureFixtur
     show(result, argparse.Namespace(), None, [])
     text = capsys.readouterr().out
     table = text[:text.index("bitfit does not apply: a Llama has no biases")]
-    assert "lora (1 failed)" in table
+    lines = {line.split()[0]: line for line in table.splitlines() if line.split()}
+    assert "lora (1 of 3 seeds failed)" in lines["lora"]
     assert "accuracy, %" in table
-    assert "91 ± 1.4" in table
-    assert [table.count(word) for word in ("n/a", "has no biases")] == [1, 0]
+    assert "91 ± 1.4" in lines["lora"]
+    assert ("n/a" in lines["bitfit"], "failed" in lines["full"], "has no biases" in table) == (True, True, False)
     assert "lora, seed 2, failed: loss is NaN" in text
     assert "full, seed 0, failed: out of memory" in text
+    show(StudyResult(kind="compare", folder="s", config={}, judged_by="loss", rows=rows[1:], curves={}),
+         argparse.Namespace(), None, [])
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in text[:text.index("bitfit does")].splitlines() if line.split()}
+    assert ("n/a" in lines["bitfit"], "failed" in lines["full"]) == (True, True)  # though no arm has a figure
