@@ -95,5 +95,5 @@ def values_of_body(base: Base, task: str) -> int | None:
     if task != "seq-cls":
         return None
     model: Any = base.model
-    head = {f"{name}." for name in head_modules(model)}
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(tuple(head)))
+    head = tuple(f"{name}." for name in head_modules(model))
+    return sum(int(p.numel()) for name, p in model.named_parameters() if not name.startswith(head))

@@ -46,9 +46,11 @@ def study_columns(rows: Sequence[Row], judged_by: str) -> Columns:
     latency = [name for name in _LATENCY if any(name in row.latency for row in rows)]
     headings = ["arm", *(["examples"] if sized else []), *map(heading, names), "trained values", "% of base",
                 "saved, MiB", "peak memory, MiB", "step, s", *(_LATENCY[name] for name in latency), "seeds"]
-    lines = [(_arm(row), *([_size(row)] if sized else []), *(_figure(row, name) for name in names), *_costs(row),
-              *(_number(1000 * row.latency[name], ".3g") if name in row.latency else NOTHING for name in latency),
-              _number(len(row.seeds), "d") if row.seeds else NOTHING) for row in rows]
+    lines: list[tuple[str | Entry, ...]] = []
+    for row in rows:
+        times = (_number(1000 * row.latency[name], ".3g") if name in row.latency else NOTHING for name in latency)
+        lines.append((_arm(row), *([_size(row)] if sized else []), *(_figure(row, name) for name in names),
+                      *_costs(row), *times, _number(len(row.seeds), "d") if row.seeds else NOTHING))
     head = max((row.head for row in rows), default=0)
     notes = [TOGETHER] if any(row.together > 1 for row in rows) else []
     notes += [LATENCY] if latency else []
@@ -62,7 +64,7 @@ def published_columns(published: Table, rows: Sequence[Row] = ()) -> Columns:
     names = list(dict.fromkeys(name for row in published.rows for name in row.figures))
     ours = {row.arm: row.figures for row in rows if row.size is None}
     here = [name for name in (reported(name, rows) for name in names) if any(name in of for of in ours.values())]
-    lines = []
+    lines: list[tuple[str | Entry, ...]] = []
     for row in published.rows:
         printed = [Entry(f"{row.figures[name]:g}" + (f" ± {row.spread[name]:g}" if name in row.spread else ""),
                          row.figures[name]) if name in row.figures else NOTHING for name in names]
