@@ -40,26 +40,28 @@ def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool =
               unsuited: Mapping[str, str] | None = None) -> list[Outcome]:
     """The outcomes of all runs, in their order; those that are done already are read.
 
-    `unsuited` holds arms that are known not to apply to the base, and why: they are written down and not begun.
+    `unsuited` holds arms that are known not to apply to the base, and why: they are written down and not begun. That an
+    earlier study found so is not taken for granted: what it missed may be there now.
     """
     outcomes: list[Outcome] = []
+    before = {run.place: outcome for run in runs
+              if (outcome := read_outcome(folder, run)) is not None and outcome.status == "done"}
     not_applicable = dict(unsuited or {})
-    for run in runs:
+    left = [run for run in runs if run.place not in before]
+    for run in left:
         if run.arm in not_applicable:
             write_outcome(prepared(folder, run), _unsuited(run, not_applicable[run.arm]))
-    before = {run: outcome for run, outcome in ((run.place, read_outcome(folder, run)) for run in runs)
-              if outcome is not None and outcome.status != "failed"}
-    shared = _all_sets(folder, [run for run in runs if run.place not in before], tell) if together else {}
+    shared = _all_sets(folder, [run for run in left if run.arm not in not_applicable], tell) if together else {}
     for number, run in enumerate(runs, 1):
         name = f"[{number}/{len(runs)}] {told(run)}"
-        if run.arm in not_applicable:  # it will not apply with another seed either
-            outcome = _unsuited(run, not_applicable[run.arm])
-        elif run.place in before:
+        if run.place in before:
             outcome = before[run.place]
             tell(f"{name}: done before")
         elif run.place in shared:
             outcome = shared[run.place]
             tell(f"{name}: {describe(outcome)}")
+        elif run.arm in not_applicable:  # it will not apply with another seed either
+            outcome = _unsuited(run, not_applicable[run.arm])
         else:
             tell(f"{name} ...")
             outcome = execute(folder, run)

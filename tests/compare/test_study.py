@@ -42,8 +42,18 @@ def test_what_is_done_is_read_and_what_failed_is_tried_again(tmp_path: Path, exe
     first = run_study(tmp_path, RUNS, lambda _: None)
     assert executed == [("lora", 0), ("lora", 1), ("full", 0), ("full", 1), ("bitfit", 0)]
     executed.clear()
-    assert run_study(tmp_path, RUNS, lambda _: None) == first
+    assert run_study(tmp_path, RUNS, lambda _: None, unsuited={"bitfit": "the model has no biases"}) == first
     assert executed == [("full", 1)]
+
+
+def test_what_did_not_apply_once_is_tried_again_where_nothing_speaks_against_it(
+        tmp_path: Path, executed: list[tuple[str, int]]) -> None:
+    """As of a study whose base was not there at first; it does not stand in the way of seeds that are done."""
+    lost = Outcome(identity=RUNS[0].identity, status="n/a", reason="the base is not there")
+    write_outcome(prepared(tmp_path, RUNS[0]), lost)
+    run_study(tmp_path, RUNS[1:2], lambda _: None)
+    assert [outcome.status for outcome in run_study(tmp_path, RUNS[:2], lambda _: None)] == ["done", "done"]
+    assert executed == [("lora", 1), ("lora", 0)]
 
 
 def test_another_option_is_another_run(tmp_path: Path, executed: list[tuple[str, int]]) -> None:
