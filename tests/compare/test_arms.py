@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig
 from deltaw.compare.arms import RATES, arms_of_comparison, arms_of_sweep, runs_of
-from deltaw.compare.base import ranks_in_budget, unsuited_arms
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError
 from deltaw.train.beams import Beams
 from deltaw.train.config import TrainConfig
-from deltaw.train.examples import open_base
-from tests.cli.conftest import write_base
 
 TRAIN = TrainConfig(model="m", data="d", out="o", lora=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj",)))
 
@@ -74,18 +70,6 @@ def test_each_method_takes_those_of_the_shared_options_that_are_its_own() -> Non
         CompareConfig(train=TRAIN, methods=("adapterh",))
 
 
-def test_ranks_in_a_budget_are_the_largest_that_fit(tmp_path: Path) -> None:
-    write_base(tmp_path / "base")  # 2 layers of width 32, keys and values of 16
-    train = TrainConfig(model=str(tmp_path / "base"), data="d", out="o")
-    config, base = SweepConfig(train=train, targets=("q_proj", "q_proj+v_proj"), budget=1000), open_base(train)
-    # Σ (I + O): q 2·(32 + 32) = 128 at each rank, with v 2·(32 + 16) more.
-    assert ranks_in_budget(config, base) == {"q_proj": 1000 // 128, "q_proj+v_proj": 1000 // 224}
-    with pytest.raises(ConfigError, match="224 values at rank 1"):
-        ranks_in_budget(SweepConfig(train=train, targets=("q_proj", "q_proj+v_proj"), budget=200), base)
-    with pytest.raises(ConfigError, match=r"2 faults(.|\n)*Did you mean q_proj(.|\n)*224 values at rank 1"):
-        ranks_in_budget(replace(config, targets=("q_porj", "q_proj+v_proj"), budget=200), base)
-
-
 def test_what_is_wrong_with_arms_is_told_with_their_names_before_anything_is_trained() -> None:
     arms = {"a": {"method": "fulll"}, "b": {"learning_rate": -1}, "c": {"lora": {"rr": 1}},
             "d": {"method": "lora", "baseline": {"bottleneck": 4}}, "fine": {"lora": {"r": 2}}}
@@ -126,21 +110,6 @@ def test_options_of_lora_alone_leave_other_methods_as_they_are() -> None:
     runs = runs_of(config, arms_of_comparison(config))
     lora, full = (TrainConfig.from_dict({**run.train, "out": "o"}) for run in runs)
     assert (lora.freeze_a, lora.loraplus_lr_ratio, full.freeze_a, full.loraplus_lr_ratio) == (True, 16.0, False, 1.0)
-
-
-def test_what_has_nothing_to_apply_to_is_found_on_shapes_and_misspelt_targets_are_refused(tmp_path: Path) -> None:
-    write_base(tmp_path / "base")  # a Llama of 2 layers: no biases
-    train = TrainConfig(model=str(tmp_path / "base"), data="d", out="o")
-    config, base = CompareConfig(train=train, methods=tuple(OPTIONS), arms={"top": {"method": "ft-top-k",
-                                 "baseline": {"top_layers": 3}}}), open_base(train)
-    before = sorted(name for name, _ in base.model.named_parameters())
-    found = unsuited_arms(train, arms_of_comparison(config), base)
-    assert set(found) == {"bitfit", "adapter-d", "top"}
-    assert "has no bias vectors" in found["bitfit"]
-    assert sorted(name for name, _ in base.model.named_parameters()) == before
-    swept = SweepConfig(train=train, ranks=(1,), targets=("q_porj", "q_proj"))
-    with pytest.raises(ConfigError, match=r"arm 'q_porj r=1': (.|\n)*Did you mean q_proj"):
-        unsuited_arms(train, arms_of_sweep(swept), base)
 
 
 def test_every_fault_of_a_study_is_told_at_once() -> None:
