@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deltaw.compare.columns import Columns, published_columns, study_columns
-from deltaw.compare.published import TABLES
+from deltaw.compare.columns import Columns, grid_columns, published_columns, study_columns
+from deltaw.compare.published import SWEEPS, TABLES
 from deltaw.compare.table import Row
 
 Values = Mapping[str, Any]
@@ -54,10 +54,13 @@ def _table(rows: Sequence[Row], judged_by: str) -> str:
 
 
 def _published(result: Values, rows: Sequence[Row]) -> str:
-    paper = TABLES.get(str(result["config"].get("paper")))
-    if paper is None:
-        return ""
-    return f"**{paper.title}**, as published: other models and budgets.\n\n{_markdown(published_columns(paper, rows))}"
+    paper = str(result["config"].get("paper"))
+    if result["kind"] == "sweep":
+        found = {grid.title: grid_columns(grid) for grid in SWEEPS.get(paper, ())}
+    else:
+        found = {TABLES[paper].title: published_columns(TABLES[paper], rows)} if paper in TABLES else {}
+    return "\n\n".join(f"**{title}**, as published: other models and budgets.\n\n{_markdown(columns)}"
+                       for title, columns in found.items())
 
 
 def _not_finished(rows: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deltaw.compare.figures import heading, reported, shown
 from deltaw.compare.noise import Measured
-from deltaw.compare.published import Table
+from deltaw.compare.published import Grid, Table
 from deltaw.compare.table import Row
 
 _LATENCY = {"tuned_1": "1 row, ms", "merged_1": "1 row merged, ms", "tuned_16": "16 rows, ms",
@@ -73,6 +73,12 @@ def published_columns(published: Table, rows: Sequence[Row] = ()) -> Columns:
                       *(_measured(name, own.get(name)) for name in here)))
     return Columns(("method", "model", "trained values", *names, *(f"here: {heading(name)}" for name in here)),
                    tuple(lines), texts=2)
+
+
+def grid_columns(grid: Grid) -> Columns:
+    """A published sweep."""
+    return Columns(("", *grid.columns), tuple((name, *(_number(value, "g") for value in values))
+                                              for name, values in grid.rows.items()))
 
 
 def _arm(row: Row) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deltaw.compare import StudyResult
-from deltaw.compare.columns import Columns, published_columns, study_columns
+from deltaw.compare.columns import Columns, grid_columns, published_columns, study_columns
 from deltaw.compare.figures import heading, scale, shown
 from deltaw.compare.noise import Measured
 from deltaw.compare.published import LOW_DATA, SWEEPS, TABLES
@@ -117,9 +117,7 @@ def _published(result: StudyResult) -> str:
     """The rows of the paper's table of this task, with this study's figures beside them; of a sweep, its tables."""
     paper = str(result.config.get("paper"))
     if result.kind == "sweep":
-        return "".join(table([Column(""), *(Column(name, figure=True) for name in grid.columns)],
-                             [[name, *(number(value, "g") for value in values)] for name, values in grid.rows.items()],
-                             caption=grid.title) for grid in SWEEPS.get(paper, ()))
+        return "".join(_table(grid_columns(grid), grid.title) for grid in SWEEPS.get(paper, ()))
     if paper not in TABLES:
         return ""
     return _table(published_columns(TABLES[paper], result.rows), TABLES[paper].title, sortable=True)

@@ -108,3 +108,8 @@ def test_a_page_says_what_the_table_says(pages: ModuleType, tmp_path: Path, step
                  "seed 2, failed: loss is NaN",
                  "Table 3", "| lora | GPT-2 M |", "30 steps of 4 examples of 50", "takes 2 minutes"):
         assert said in text, said
+    swept = dataclasses.replace(result, kind="sweep")
+    (tmp_path / "e2e" / "study.json").write_text(json.dumps(dataclasses.asdict(swept)), encoding="utf-8")
+    text = pages.results_page("e2e", STUDIES / "e2e.toml", tmp_path)
+    assert "| r=4 | 1.18 | 70.38 |" in text  # Table 18
+    assert "Table 3:" not in text
