@@ -12,6 +12,7 @@ broken off goes on where it stopped, and one that is finished is only written do
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -89,20 +90,26 @@ def collect(study: str, work: Path) -> None:
     from deltaw.cli.studies import study_config
     from deltaw.compare.advice import advise
     from deltaw.compare.arms import arms_of_comparison, runs_of
+    from deltaw.compare.base import values_of_body
     from deltaw.compare.config import CompareConfig
+    from deltaw.compare.figures import reported
+    from deltaw.compare.run import read_outcome
     from deltaw.compare.studies import StudyResult, plain
-    from deltaw.compare.study import read_outcome
     from deltaw.compare.table import rows_of
     from deltaw.report.comparison import study_page
+    from deltaw.train.examples import open_base
 
     data = f"data/{data_of(study)}"
     options = parser().parse(["--config", str(HERE / f"{study}.toml"), "--data", data, "--test", data, "--out", study])
     config = study_config(options, CompareConfig)
     found = [(run, outcome) for run in runs_of(config, arms_of_comparison(config))
              if (outcome := read_outcome(work / study, run)) is not None]
-    rows = rows_of([run for run, _ in found], [outcome for _, outcome in found])
-    result = StudyResult(kind="compare", folder=study, config=plain(config), judged_by=config.judged_by, curves={},
-                         rows=tuple(rows), advice=advise(rows, config.judged_by))
+    with contextlib.chdir(work):  # where the base's name leads to it
+        body = values_of_body(open_base(config.train), config.train.task)
+    rows = rows_of([run for run, _ in found], [outcome for _, outcome in found], body)
+    judge = reported(config.judged_by, rows)
+    result = StudyResult(kind="compare", folder=study, config=plain(config), judged_by=judge, curves={},
+                         rows=tuple(rows), advice=advise(rows, judge))
     (work / study / "study.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
     (work / study / "report.html").write_text(study_page(result), encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from deltaw.cli.build import build
 from deltaw.cli.parser import Parser
 from deltaw.cli.studies import show, study_config, study_parser
 from deltaw.compare.config import CompareConfig
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     from deltaw.report.comparison import study_page
     from deltaw.report.page import write_page
 
-    result = compare(config)
+    result = build(compare, {"config": config})  # an arm that does not fit the base is a fault of the options
     page = write_page(study_page(result), Path(result.folder) / "report.html")
     show(result, options, page, [])
     if not any(row.figures for row in result.rows):

@@ -16,7 +16,6 @@ from deltaw.cli.output import print_json, print_next, print_table
 from deltaw.cli.parser import Parser, UsageError
 from deltaw.cli.train import METAVARS
 from deltaw.compare.config import CompareConfig, StudyConfig, SweepConfig
-from deltaw.compare.figures import heading, shown
 from deltaw.core.config import LoraConfig
 from deltaw.errors import near
 from deltaw.train.beams import Beams
@@ -24,12 +23,9 @@ from deltaw.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from deltaw.compare import StudyResult
-    from deltaw.compare.table import Row
 
 _NOT_SHARED = ("lora", "baseline", "name", "seed", "resume", "method", "samples")
 """Options of a run that a study sets itself."""
-SHARED = ("Runs that trained together share a process: memory is that of all of them, a step's time a share by tokens. "
-          "--together off measures each alone.")
 Config = TypeVar("Config", bound=StudyConfig)
 
 
@@ -84,13 +80,13 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
     if vars(options).get("json"):
         print_json(result.to_dict() | {"report": str(page) if page else None})
         return
-    names = list(dict.fromkeys(name for row in result.rows for name in row.figures))
-    print_table(f"{result.kind}: {Path(result.folder).name}",
-                ["arm", *(["examples"] if any(row.size for row in result.rows) else []), *map(heading, names),
-                 "trained values",
-                 "% of base", "saved", "peak memory", "step"], [_cells(row, names, result) for row in result.rows])
-    if any(row.together > 1 for row in result.rows):
-        print(SHARED)
+    from deltaw.compare.columns import study_columns
+
+    table = study_columns(result.rows, result.judged_by)
+    print_table(f"{result.kind}: {Path(result.folder).name}", table.headings,
+                [[cell if isinstance(cell, str) else cell.text for cell in row] for row in table.rows])
+    for note in table.notes:
+        print(note)
     for row in result.rows:
         if row.not_applicable:
             print(f"{row.arm} does not apply: {row.not_applicable}")
@@ -99,15 +95,3 @@ def show(result: StudyResult, options: argparse.Namespace, page: Path | None, co
     if result.advice is not None:
         print(result.advice.text)
     print_next(commands, page)
-
-
-def _cells(row: Row, names: Sequence[str], result: StudyResult) -> list[str]:
-    sized = [f"{row.size:,}" if row.size else "all"] if any(r.size for r in result.rows) else []
-    if not row.figures:
-        return [row.arm, *sized, *["n/a" if row.not_applicable else "failed"] * len(names), *[""] * 5]
-    failed = f" ({len(row.failed)} failed)" if row.failed else ""
-    shared = f" ({row.together} runs)" if row.together > 1 else ""
-    figures = [shown(name, row.figures[name]) if name in row.figures else "" for name in names]
-    return [row.arm + failed, *sized, *figures,
-            f"{row.parameters:,}", f"{100 * row.share:.3g}", f"{row.bytes / 2**20:,.1f} MiB",
-            f"{row.peak_memory / 2**20:,.0f} MiB{shared}", f"{row.step_seconds:.3g} s{shared}"]

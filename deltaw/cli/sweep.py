@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from shlex import quote
 
+from deltaw.cli.build import build
 from deltaw.cli.parser import Parser
 from deltaw.cli.studies import show, study_config, study_parser
 from deltaw.compare.config import SweepConfig
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from deltaw.report.comparison import study_page
     from deltaw.report.page import write_page
 
-    result = sweep(config)
+    result = build(sweep, {"config": config})  # an arm that does not fit the base is a fault of the options
     page = write_page(study_page(result), Path(result.folder) / "report.html")
     adapter = quote(result.best) if result.best else ""
     show(result, options, page, [f"deltaw generate --adapter {adapter} 'a prompt like those in your data'",

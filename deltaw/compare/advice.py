@@ -68,7 +68,8 @@ def _words(chosen: Row, best: Row, figure: str, noise: float, allowed: float) ->
     if chosen is best:
         return (f"Take {best.arm}: {figure} {top}, the best, and no smaller arm is within the seeds' noise of it "
                 f"(± {noise:.2g}).")
-    times = best.parameters / chosen.parameters if chosen.parameters else 0.0
+    cost = f"{chosen.parameters:,} trained values, {best.parameters / chosen.parameters:.3g} times fewer" \
+        if chosen.parameters else "nothing trained but the head"
     return (f"Take {chosen.arm}: {figure} {mine} is within noise of {best.arm}'s {top} (difference "
             f"{abs(mine.mean - top.mean):.2g}; chance alone exceeds {allowed:.2g} one time in twenty), with "
-            f"{chosen.parameters:,} trained values, {times:.3g} times fewer.")
+            f"{cost}.")

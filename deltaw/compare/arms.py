@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from deltaw import bases
 from deltaw.baselines.config import OPTIONS, trains_lora
-from deltaw.compare.config import CompareConfig, SweepConfig, scaled
-from deltaw.compare.study import Run
-from deltaw.core import LoraConfig
+from deltaw.compare.config import CompareConfig, StudyConfig, SweepConfig, scaled
+from deltaw.compare.run import Run
 from deltaw.errors import ConfigError, Fault
-from deltaw.switch import attach
 from deltaw.train.config import TrainConfig
+from deltaw.train.metrics import CHOICE_METRICS, TEXT_METRICS
 
 RATES: Mapping[str, float] = {
     "full": 5e-5, "ft-top-k": 5e-5, "bitfit": 1.6e-3, "preembed": 5e-3, "prelayer": 1e-3,
@@ -23,6 +21,10 @@ RATES: Mapping[str, float] = {
 }
 """Peak rates: the LoRA paper's (Tables 9 to 12) where the model is of their size; where it trains few values on a far
 smaller model (prompts, prefixes, subspaces) the usual larger ones. `arms` overrides them."""
+
+
+_OF_LORA: Mapping[str, Any] = {"freeze_a": False, "loraplus_lr_ratio": 1.0}
+"""Options of a run that say how a LoRA is trained, and what they are for other methods."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,11 @@ def _with_own_options(arm: Arm, config: CompareConfig) -> Arm:
     return Arm(arm.label, {**arm.options, "baseline": {**own, **arm.options.get("baseline", {})}})
 
 
-def arms_of_sweep(config: SweepConfig) -> list[Arm]:
-    """Every point of the grid; the rank of each target set worked out where a budget is given."""
+def arms_of_sweep(config: SweepConfig, budgeted: Mapping[str | None, int] | None = None) -> list[Arm]:
+    """Every point of the grid; with a budget, each target set at the rank that `budgeted` has for it."""
     arms: list[Arm] = []
-    budgeted = ranks_in_budget(config) if config.budget is not None else {}
     for targets in config.targets or (None,):
-        ranks = (budgeted[targets],) if config.budget is not None else config.ranks
+        ranks = config.ranks if budgeted is None else (budgeted[targets],)
         for rank, rule, rate in product(ranks, config.scales or (None,), config.rates or (None,)):
             lora: dict[str, Any] = {"r": rank} | ({"target_modules": target_names(targets)} if targets else {})
             lora |= scaled(replace(config.train.lora, r=rank), rule)
@@ -82,6 +83,7 @@ def merged(train: TrainConfig, arm: Arm, seed: int, steps: int | None) -> dict[s
     """The options of a run: those that all share, the arm's, the seed."""
     shared = train.to_dict()
     method = str(arm.options.get("method", train.method))
+    shared |= {name: usual for name, usual in _OF_LORA.items() if not trains_lora(method)}
     lora = {**(shared["lora"] if trains_lora(method) else {}), **arm.options.get("lora", {})}
     options = {**shared, **arm.options, "lora": lora, "seed": seed, "resume": False}
     if steps is not None:
@@ -91,43 +93,48 @@ def merged(train: TrainConfig, arm: Arm, seed: int, steps: int | None) -> dict[s
     return options
 
 
+def faults_of_arms(config: StudyConfig) -> list[Fault | str]:
+    """What is wrong with the options of each arm, under its name: all that is known without the base and the data."""
+    if isinstance(config, SweepConfig):
+        arms = arms_of_sweep(config, None if config.budget is None else dict.fromkeys(config.targets or (None,), 1))
+    else:
+        assert isinstance(config, CompareConfig)
+        arms = arms_of_comparison(config)
+    faults: list[Fault | str] = list(_misfits(config.train))
+    for arm in arms:
+        try:
+            made = train_config(config.train, arm)
+        except ConfigError as error:
+            faults += under(arm, error.faults)
+            continue
+        if (made.task, made.metrics) != (config.train.task, config.train.metrics):
+            faults += under(arm, _misfits(made))
+    return faults
+
+
+def train_config(train: TrainConfig, arm: Arm) -> TrainConfig:
+    """The config of an arm's run of the first seed, as it would be in the study's own folder."""
+    return TrainConfig.from_dict({**merged(train, arm, train.seed, None), "out": train.out})
+
+
+def under(arm: Arm, faults: Iterable[Fault | str]) -> list[Fault | str]:
+    """The faults with the arm's name before each."""
+    named = f"arm '{arm.label}': "
+    return [replace(fault, where=named + fault.where) if isinstance(fault, Fault) else named + fault
+            for fault in faults]
+
+
+def _misfits(train: TrainConfig) -> list[Fault]:
+    """Metrics of written answers, where labels are chosen."""
+    if train.task != "seq-cls":
+        return []
+    return [Fault("TrainConfig.metrics", f"{metric} is of written answers, and task seq-cls chooses labels",
+                  "exact_match, " + ", ".join(CHOICE_METRICS)) for metric in train.metrics if metric in TEXT_METRICS]
+
+
 def target_names(text: str) -> str | tuple[str, ...]:
     """The targets that "q_proj+v_proj" stands for."""
     return text if text == "all-linear" else tuple(text.split("+"))
-
-
-def ranks_in_budget(config: SweepConfig) -> dict[str | None, int]:
-    """For each target set the largest rank with which it has no more values than the budget; no weight is read."""
-    assert config.budget is not None
-    ranks: dict[str | None, int] = {}
-    faults: list[Fault | str] = []
-    for targets in config.targets or (None,):
-        each = values_per_rank(config.train, targets)
-        ranks[targets] = config.budget // each
-        if ranks[targets] < 1:
-            faults.append(Fault("SweepConfig.budget", f"got {config.budget:,}, and '{targets or 'the run'}' has "
-                                f"{each:,} values at rank 1", "a budget for at least rank 1"))
-    if faults:
-        raise ConfigError(*faults)
-    return ranks
-
-
-def values_per_rank(train: TrainConfig, targets: str | None) -> int:
-    """Trained values of a target set at rank 1."""
-    lora = replace(train.lora, r=1)
-    if targets is not None:
-        lora = replace(lora, target_modules=target_names(targets))
-    base = bases.load_base(train.model, task=train.task, device="meta", **_labels(train))
-    return _count(base.model, lora)
-
-
-def _count(model: Any, lora: LoraConfig) -> int:
-    parameters = attach(model, lora).parameters("default")
-    return sum(p.numel() for name, p in parameters.items() if ".lora_" in name)
-
-
-def _labels(train: TrainConfig) -> dict[str, Any]:
-    return {"labels": ["a", "b"]} if train.task == "seq-cls" else {}
 
 
 def _label(targets: str | None, rank: int | None, rule: str | None, rate: float | None) -> str:

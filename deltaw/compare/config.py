@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig
 from deltaw.compare.figures import is_measurable
-from deltaw.compare.published import TABLES
+from deltaw.compare.published import SWEEPS, TABLES
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, Fault, near
 from deltaw.train.beams import Beams
@@ -16,6 +16,9 @@ from deltaw.train.config import TrainConfig
 from deltaw.train.figures import metric_name
 
 Paper = Literal["e2e", "sst2", "wikisql"]
+_OF_THE_STUDY = {"out": "no folder: each run has one below the study's", "seed": "none: name it in seeds",
+                 "model": "none: all arms share one base"}
+"""Options of a run that an arm cannot have, and what is expected instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,11 @@ class StudyConfig:
         beams: Any = self.beams
         if isinstance(beams, Mapping):
             object.__setattr__(self, "beams", Beams(**beams))
-        faults = list(self._faults())
+        faults: list[Fault | str] = list(self._faults())
+        if not faults:  # arms are made of values that are right
+            from deltaw.compare.arms import faults_of_arms  # here, since arms are made of configs
+
+            faults = faults_of_arms(self)
         if faults:
             raise ConfigError(*faults)
 
@@ -62,6 +69,12 @@ class StudyConfig:
             faults.append(self.fault("seeds", "different whole numbers >= 0"))
         if self.test_rows is not None and self.test_rows < 1:
             faults.append(self.fault("test_rows", "a whole number >= 1, or nothing"))
+        if self.test is None:
+            judging = {"test_rows": self.test_rows, **{f.name: getattr(self.beams, f.name) for f in fields(Beams)
+                                                       if getattr(self.beams, f.name) != f.default}}
+            faults += [Fault(f"{type(self).__name__}.{name}", f"got {value!r} without test data", "--test with it",
+                             "Held-out rows are judged as in training") for name, value in judging.items()
+                       if value is not None]
         if self.together not in ("auto", "off"):
             faults.append(self.fault("together", "auto or off"))
         if any(callable(metric) for metric in self.train.metrics):
@@ -118,13 +131,24 @@ class CompareConfig(StudyConfig):
                                 "means something, such as accuracy", "Name one in metrics, and judge"))
         if not (len(self.dimensions) == 2 and 1 < self.dimensions[0] < self.dimensions[1]):
             faults.append(self.fault("dimensions", "two numbers, 1 < lower < upper"))
-        known = [f.name for f in fields(TrainConfig)]
-        for label, options in self.arms.items():
-            faults += [Fault(f"{type(self).__name__}.arms['{label}'].{key}", "is unknown", "an option of TrainConfig",
-                             near(key, known)) for key in options if key not in known]
+        faults += [fault for label, options in self.arms.items() for fault in _arm_faults(label, options)]
         if not self.methods and not self.arms:
             faults.append(self.fault("methods", "at least one method, or arms"))
         return faults
+
+
+def _arm_faults(label: str, options: Any) -> list[Fault]:
+    """What is wrong with the names of an arm's options."""
+    where = f"CompareConfig.arms['{label}']"
+    if not isinstance(options, Mapping):
+        return [Fault(where, f"got {options!r}", "options of TrainConfig that differ")]
+    known = [f.name for f in fields(TrainConfig)]
+    faults = [Fault(f"{where}.{key}", "is unknown", "an option of TrainConfig", near(key, known))
+              for key in options if key not in known]
+    faults += [Fault(f"{where}.{key}", f"got {options[key]!r}", why)
+               for key, why in _OF_THE_STUDY.items() if key in options]
+    return faults + [Fault(f"{where}.{key}", f"got {options[key]!r}", "a table of options")
+                     for key in ("lora", "baseline") if not isinstance(options.get(key, {}), Mapping)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +169,8 @@ class SweepConfig(StudyConfig):
     """Successive halving: of this many arms one goes on, to a run so many times as long; 0 trains all to the end."""
     rungs: int = 3
     """Rounds of halving, the last one at full length."""
+    paper: Literal["wikisql", "mnli", "e2e"] | None = None
+    """The task of the LoRA paper that this is, to show its Tables 5 and 6 (wikisql, mnli) or 18 (e2e)."""
 
     def _faults(self) -> list[Fault]:
         faults = super()._faults()
@@ -158,6 +184,8 @@ class SweepConfig(StudyConfig):
             faults.append(self.fault("budget", "a whole number >= 1, or nothing"))
         if self.halving != 0 and self.halving < 2:
             faults.append(self.fault("halving", "0, or a whole number >= 2"))
+        if self.paper is not None and self.paper not in SWEEPS:
+            faults.append(self.fault("paper", "one of " + ", ".join(SWEEPS), near(str(self.paper), SWEEPS)))
         if self.rungs < 2:
             faults.append(self.fault("rungs", "a whole number >= 2"))
         return faults

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
 from deltaw.compare.noise import Measured
 from deltaw.train.metrics import SHARES
 
+
+class HasFigures(Protocol):
+    """A row of a table."""
+
+    @property
+    def figures(self) -> Mapping[str, Measured]:
+        """Its figures by name."""
+
+
 LOWER_IS_BETTER = ("loss", "perplexity", "ter")
+
+
+_REPORTED_AS: Mapping[str, tuple[str, ...]] = {"meteor": ("meteor_exact_stem",)}
+"""Figures that are reported under another name where what they need is not there: METEOR without WordNet."""
 
 
 _OF_A_HUNDRED = (*SHARES, "meteor", "meteor_exact_stem", "rouge1", "rouge2", "rougeL")
@@ -25,6 +41,12 @@ def heading(figure: str) -> str:
 def shown(figure: str, value: Measured) -> str:
     """A figure over seeds as a person reads it."""
     return str(value.times(scale(figure)))
+
+
+def reported(figure: str, rows: Iterable[HasFigures]) -> str:
+    """The name under which these rows have a figure."""
+    names = {name for row in rows for name in row.figures}
+    return next((name for name in (figure, *_REPORTED_AS.get(figure, ())) if name in names), figure)
 
 
 def better(figure: str, one: float, other: float) -> bool:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltaw.compare.arms import RATES, Arm, runs_of
+from deltaw.compare.arms import RATES, Arm, arms_of_comparison, runs_of
 from deltaw.compare.config import CompareConfig
+from deltaw.compare.figures import reported
 from deltaw.compare.study import Tell, run_study
-from deltaw.compare.table import Row, rows_of
+from deltaw.compare.table import rows_of
 
 SHARE = 0.9
 """Of full fine-tuning's figure that has to be reached."""
+SEARCH = "intrinsic"
+"""Folder of the search's runs, below the study's."""
 CLOSE = 1.25
 """The search ends when its bounds are this factor apart."""
 
@@ -44,28 +47,44 @@ class Intrinsic:
 
 
 def intrinsic_dimension(config: CompareConfig, tell: Tell) -> list[Intrinsic]:
-    """d₉₀ by both measures. The figure has to be one that is better higher, such as accuracy."""
-    folder = Path(config.train.out).expanduser()
+    """d₉₀ by both measures, with all training data. The figure has to be better higher, such as accuracy.
 
-    def measured(arm: Arm) -> Row:
+    Full fine-tuning is the comparison's own arm where it has one, with what was trained for it; the search's runs have
+    a folder of their own. Nothing where full fine-tuning has no figure.
+    """
+    config = replace(config, sizes=())
+    own = Path(config.train.out).expanduser()
+
+    def measured(arm: Arm, folder: Path) -> float | None:
         runs = runs_of(config, [arm])
-        return rows_of(runs, run_study(folder, runs, tell))[0]
+        row = rows_of(runs, run_study(folder, runs, tell))[0]
+        found = row.figures.get(reported(config.judged_by, [row]))
+        return None if found is None else found.mean
 
-    full = measured(Arm("full", {"method": "full", "learning_rate": RATES["full"] * config.rate_factor}))
-    if config.judged_by not in full.figures:
+    arm, compared = full_arm(config)
+    top = measured(arm, own if compared else own / SEARCH)
+    if top is None:
+        tell("intrinsic dimension: full fine-tuning has no figure to take 90 % of")
         return []
-    top = full.figures[config.judged_by].mean
     found = []
     for measure, aware in (("DID", False), ("SAID", True)):
         def figure(d: int, measure: str = measure, aware: bool = aware) -> float | None:
             options = {"method": "subspace", "learning_rate": RATES["subspace"] * config.rate_factor,
                        "baseline": {"dimension": d, "structure_aware": aware}}
-            row = measured(Arm(f"{measure} d={d}", options))
-            return row.figures[config.judged_by].mean if config.judged_by in row.figures else None
+            return measured(Arm(f"{measure} d={d}", options), own / SEARCH)
 
         d90, curve, note = smallest(figure, SHARE * top, *config.dimensions)
         found.append(Intrinsic(measure=measure, d90=d90, target=SHARE * top, full=top, curve=curve, note=note))
     return found
+
+
+def full_arm(config: CompareConfig) -> tuple[Arm, bool]:
+    """Full fine-tuning, and whether it is one of the comparison's arms: the first of them that is."""
+    arms = arms_of_comparison(config)
+    arm = next((arm for arm in arms if arm.options.get("method", config.train.method) == "full"), None)
+    if arm is not None:
+        return arm, True
+    return arms_of_comparison(replace(config, methods=("full",), arms={}))[0], False
 
 
 def smallest(figure: Callable[[int], float | None], target: float, low: int, high: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -13,11 +13,12 @@ import torch
 
 from deltaw import baselines, bases
 from deltaw.baselines import Baseline
-from deltaw.compare.study import Run
+from deltaw.compare.run import Run
 from deltaw.data import EncodedData, judged_split, load_data
 from deltaw.train.beams import Beams
 from deltaw.train.config import TrainConfig
 from deltaw.train.evaluation import evaluate, evaluating
+from deltaw.train.examples import examples_for
 
 BATCHES = (1, 16)
 """Rows of the forward passes that are timed: the smallest, where extra layers cost most, and a larger one."""
@@ -34,34 +35,37 @@ class Judged:
 
 
 def judge(run: Run, config: TrainConfig, tuned_folder: Path, labels: list[str] | None, *,
-          base: bases.Base | None = None) -> Judged:
+          base: bases.Base | None = None, held_out: bool = False) -> Judged:
     """Figures on the run's test data, where it names any, and times of a forward pass, where it asks for them.
 
-    A `base` that is loaded already is as it was afterwards.
+    `held_out` asks for figures on the rows that were held out of the training. A `base` that is loaded already is as it
+    was afterwards.
     """
     if base is None:
         base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=labels,
                                device=config.chosen_device(), double_quant=config.double_quant,
                                quantize=None if config.quantize == "none" else config.quantize)
+    held = examples_for(config, base) if held_out else None
     tuned = baselines.load(tuned_folder, base.model)
     try:
-        return _judged(run, config, tuned, base, labels)
+        figures: Mapping[str, float] = {}
+        rows = 0
+        if held is not None:
+            figures, rows = measured(held.valid, held.valid_rows, config, base, Beams())
+        elif run.test is not None:
+            data = test_data(run.test, config, base, labels)
+            figures, rows = measured(data, range(len(data))[:run.test_rows], config, base, Beams(**run.beams))
+        return Judged(figures=figures, rows=rows, latency=times(tuned, base) if run.latency else {})
     finally:
         tuned.remove()
 
 
-def _judged(run: Run, config: TrainConfig, tuned: Baseline, base: bases.Base, labels: list[str] | None) -> Judged:
-    figures: Mapping[str, float] = {}
-    rows = 0
-    if run.test is not None:
-        data = test_data(run.test, config, base, labels)
-        chosen = range(len(data))[:run.test_rows]
-        found = evaluate(base.model, base.tokenizer, data, rows=chosen, metrics=config.metrics,
-                         batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
-                         beams=Beams(**run.beams))
-        figures, rows = found.figures, found.rows
-    latency = times(tuned, base) if run.latency else {}
-    return Judged(figures=figures, rows=rows, latency=latency)
+def measured(data: EncodedData, rows: Sequence[int], config: TrainConfig, base: bases.Base, beams: Beams
+             ) -> tuple[Mapping[str, float], int]:
+    """Figures of the model as it is on these rows, and how many rows that are."""
+    found = evaluate(base.model, base.tokenizer, data, rows=rows, metrics=config.metrics, beams=beams,
+                     batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
+    return found.figures, found.rows
 
 
 def test_data(source: str, config: TrainConfig, base: bases.Base, labels: list[str] | None) -> EncodedData:

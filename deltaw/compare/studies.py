@@ -7,21 +7,27 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaw.bases import Base
 from deltaw.compare.advice import Advice, advise
 from deltaw.compare.arms import Arm, arms_of_comparison, arms_of_sweep, runs_of
+from deltaw.compare.base import ranks_in_budget, unsuited_arms, values_of_body
 from deltaw.compare.config import CompareConfig, SweepConfig
-from deltaw.compare.figures import better
+from deltaw.compare.figures import better, reported
 from deltaw.compare.inputs import check_inputs
 from deltaw.compare.intrinsic import Intrinsic, intrinsic_dimension
-from deltaw.compare.study import TUNED, Run, Tell, read_outcome, run_study
+from deltaw.compare.run import TUNED, Run, read_outcome
+from deltaw.compare.study import Tell, run_study
 from deltaw.compare.table import Row, best_first, rows_of
+from deltaw.errors import Fault, TrainingError
 from deltaw.store.atomic import replace_text
 from deltaw.train.config import TrainConfig
+from deltaw.train.examples import open_base
+from deltaw.train.run import CHECKPOINTS
 
 RESULT, BEST = "study.json", "best"
 
@@ -69,20 +75,23 @@ def compare(config: CompareConfig, tell: Tell | None = None) -> StudyResult:
     A method that cannot be used on this model is a row that says why; so is a seed whose run failed.
     """
     check_inputs(config)
-    result = _study("compare", config, arms_of_comparison(config), (), tell)
+    tell, base, arms = tell or say, open_base(config.train), arms_of_comparison(config)
+    result = _study("compare", config, arms, base, unsuited_arms(config.train, arms, base), tell)
     if config.intrinsic:
-        result = dataclasses.replace(result, intrinsic=tuple(intrinsic_dimension(config, tell or say)))
+        result = dataclasses.replace(result, intrinsic=tuple(intrinsic_dimension(config, tell)))
     return _written(result)
 
 
 def sweep(config: SweepConfig, tell: Tell | None = None) -> StudyResult:
     """Train every point of the grid, or with halving the promising ones to the end; keep the recommended adapter."""
     check_inputs(config)
-    arms = arms_of_sweep(config)
+    tell, base = tell or say, open_base(config.train)
+    arms = arms_of_sweep(config, None if config.budget is None else ranks_in_budget(config, base))
+    unsuited = unsuited_arms(config.train, arms, base)
     dropped: list[str] = []
     if config.halving:
-        arms, dropped = _halve(config, arms, tell or say)
-    result = _study("sweep", config, arms, dropped, tell)
+        arms, dropped = _halve(config, arms, tell)
+    result = _study("sweep", config, arms, base, unsuited, tell, dropped)
     return _written(dataclasses.replace(result, best=_keep_best(config, arms, result)))
 
 
@@ -91,20 +100,23 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], dropped: Sequence[str],
-           tell: Tell | None) -> StudyResult:
+def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], base: Base, unsuited: Mapping[str, str],
+           tell: Tell, dropped: Sequence[str] = ()) -> StudyResult:
     folder = Path(config.train.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    for label, why in unsuited.items():
+        tell(f"{label} does not apply: {why}")
     runs = runs_of(config, arms)
-    outcomes = run_study(folder, runs, tell or say, together=config.together == "auto")
-    rows = rows_of(runs, outcomes)
+    outcomes = run_study(folder, runs, tell, together=config.together == "auto", unsuited=unsuited)
+    rows = rows_of(runs, outcomes, values_of_body(base, config.train.task))
     curves: dict[str, list[tuple[int, float]]] = {}
     for run, outcome in zip(runs, outcomes, strict=True):
         if outcome.curve and run.size is None:
             curves.setdefault(run.arm, list(outcome.curve))
     whole = [row for row in rows if row.size is None] or rows
-    return StudyResult(kind=kind, folder=str(folder), config=plain(config), judged_by=config.judged_by,
-                       rows=tuple(rows), curves=curves, advice=advise(whole, config.judged_by), dropped=tuple(dropped),
+    judge = reported(config.judged_by, rows)
+    return StudyResult(kind=kind, folder=str(folder), config=plain(config), judged_by=judge,
+                       rows=tuple(rows), curves=curves, advice=advise(whole, judge), dropped=tuple(dropped),
                        ranks={arm.label: (arm.rest, arm.rank) for arm in arms if arm.rank is not None})
 
 
@@ -132,10 +144,19 @@ def _halve(config: SweepConfig, arms: list[Arm], tell: Tell) -> tuple[list[Arm],
         runs = runs_of(one, arms, steps=steps)
         outcomes = run_study(Path(one.train.out).expanduser(), runs, tell, together=config.together == "auto")
         rows = rows_of(runs, outcomes)
-        ordered = [row.arm for row in best_first(rows, config.judged_by)]
+        judge = reported(config.judged_by, rows)
+        ordered = [row.arm for row in best_first(rows, judge)]
+        if not ordered:
+            raise TrainingError(Fault(f"rung {rung + 1} of halving", f"no arm has the figure {judge}", "one to go on "
+                                      "with", _why_none(rows)))
         dropped += [arm.label for arm in arms if arm.label not in ordered[:keep]]
         arms = [arm for arm in arms if arm.label in ordered[:keep]]
     return arms, dropped
+
+
+def _why_none(rows: Sequence[Row]) -> str:
+    reason = next((why for row in rows for why in (*row.failed.values(), row.not_applicable) if why), "")
+    return f"The first: {reason}" if reason else "Name another one with --judge"
 
 
 def _steps(train: TrainConfig) -> int:
@@ -162,7 +183,7 @@ def _keep_best(config: SweepConfig, arms: list[Arm], result: StudyResult) -> str
         return None
     target = Path(result.folder) / BEST
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(Path(result.folder) / chosen[0].place / TUNED, target)
+    shutil.copytree(Path(result.folder) / chosen[0].place / TUNED, target, ignore=shutil.ignore_patterns(CHECKPOINTS))
     return str(target)
 
 

@@ -11,101 +11,47 @@ process that is killed with several in it are tried again one by one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from deltaw.store.atomic import replace_text
-from deltaw.train.config import TrainConfig
+from deltaw.compare.run import (
+    LOG,
+    OUTCOME,
+    RUNS,
+    Outcome,
+    Run,
+    describe,
+    prepared,
+    read_outcome,
+    told,
+    write_outcome,
+)
 from deltaw.train.job_checks import SHARED as SHARED_BY_JOBS
 
-RUNS, SPEC, OUTCOME, LOG, TUNED = "runs", "run.json", "outcome.json", "log.txt", "adapter"
 SET_LOG = "together.txt"
-Status = Literal["done", "failed", "n/a"]
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training run of a study, and what is measured of it."""
+def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool = False,
+              unsuited: Mapping[str, str] | None = None) -> list[Outcome]:
+    """The outcomes of all runs, in their order; those that are done already are read.
 
-    arm: str
-    """The arm's label: a method, or a point of a sweep."""
-    seed: int
-    """Seed of the run."""
-    size: int | None = None
-    """Training examples that it may see; None for all."""
-    train: Mapping[str, Any]
-    """Options of the run, as `TrainConfig.from_dict` takes them, without `out`."""
-    test: str | None = None
-    """Data to judge on; None judges on the run's own held-out rows."""
-    test_rows: int | None = None
-    """Rows of it, the first ones; None for all."""
-    beams: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `Beams`, with which its answers are searched for."""
-    latency: bool = False
-    """Whether the time of a forward pass is measured too."""
-
-    @property
-    def place(self) -> Path:
-        """The run's folder below the study's."""
-        return Path(RUNS) / slug(self.arm) / ("all" if self.size is None else str(self.size)) / f"seed-{self.seed}"
-
-    @property
-    def identity(self) -> str:
-        """A digest of everything that decides the outcome."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a run."""
-
-    identity: str
-    """The run's, so that an outcome of other options is not taken for it."""
-    status: Status
-    """done; failed; or n/a, where the method does not apply to this model."""
-    reason: str = ""
-    """Why it failed or does not apply."""
-    figures: Mapping[str, float] = field(default_factory=dict)
-    """Held-out figures, the loss among them."""
-    rows: int = 0
-    """Rows that the figures are of."""
-    parameters: int = 0
-    """Trained values."""
-    base_parameters: int = 0
-    """Values of the base."""
-    bytes: int = 0
-    """Size of the saved tensors' files."""
-    peak_memory: int = 0
-    """The most bytes that its process held in training."""
-    step_seconds: float = 0.0
-    """Median time of a training step; of passes shared with other runs, its share by tokens."""
-    together: int = 1
-    """Runs that trained in its process."""
-    steps: int = 0
-    """Training steps done."""
-    curve: tuple[tuple[int, float], ...] = ()
-    """Held-out loss by step."""
-    latency: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of a forward pass: base_1, tuned_1, merged_1 and the same with 16 rows."""
-
-
-def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool = False) -> list[Outcome]:
-    """The outcomes of all runs, in their order; those that are done already are read."""
+    `unsuited` holds arms that are known not to apply to the base, and why: they are written down and not begun. That an
+    earlier study found so is not taken for granted: what it missed may be there now.
+    """
     outcomes: list[Outcome] = []
-    not_applicable: dict[str, Outcome] = {}
-    before = {run: outcome for run, outcome in ((run.place, read_outcome(folder, run)) for run in runs)
-              if outcome is not None and outcome.status != "failed"}
-    shared = _all_sets(folder, [run for run in runs if run.place not in before], tell) if together else {}
+    before = {run.place: outcome for run in runs
+              if (outcome := read_outcome(folder, run)) is not None and outcome.status == "done"}
+    not_applicable = dict(unsuited or {})
+    left = [run for run in runs if run.place not in before]
+    for run in left:
+        if run.arm in not_applicable:
+            write_outcome(prepared(folder, run), _unsuited(run, not_applicable[run.arm]))
+    shared = _all_sets(folder, [run for run in left if run.arm not in not_applicable], tell) if together else {}
     for number, run in enumerate(runs, 1):
         name = f"[{number}/{len(runs)}] {told(run)}"
         if run.place in before:
@@ -115,15 +61,19 @@ def run_study(folder: Path, runs: Sequence[Run], tell: Tell, *, together: bool =
             outcome = shared[run.place]
             tell(f"{name}: {describe(outcome)}")
         elif run.arm in not_applicable:  # it will not apply with another seed either
-            outcome = Outcome(identity=run.identity, status="n/a", reason=not_applicable[run.arm].reason)
+            outcome = _unsuited(run, not_applicable[run.arm])
         else:
             tell(f"{name} ...")
             outcome = execute(folder, run)
             tell(f"{name}: {describe(outcome)}")
         if outcome.status == "n/a":
-            not_applicable[run.arm] = outcome
+            not_applicable[run.arm] = outcome.reason
         outcomes.append(outcome)
     return outcomes
+
+
+def _unsuited(run: Run, reason: str) -> Outcome:
+    return Outcome(identity=run.identity, status="n/a", reason=reason)
 
 
 def sets_of(runs: Sequence[Run]) -> list[list[Run]]:
@@ -157,13 +107,15 @@ def _all_sets(folder: Path, runs: Sequence[Run], tell: Tell) -> dict[Path, Outco
 def execute_together(folder: Path, runs: Sequence[Run]) -> int:
     """Do several runs in one process; each goes on from its own last checkpoint. Returns the process's exit code."""
     for run in runs:
-        (_prepared(folder, run) / OUTCOME).unlink(missing_ok=True)
+        place = prepared(folder, run)
+        if read_outcome(folder, run) is not None:  # one that failed, and is tried again
+            (place / OUTCOME).unlink()
     return _process(folder / RUNS / SET_LOG, [folder / run.place for run in runs])
 
 
 def execute(folder: Path, run: Run) -> Outcome:
     """Do one run in a process of its own; a run that was broken off goes on from its last checkpoint."""
-    place = _prepared(folder, run)
+    place = prepared(folder, run)
     code = _process(place / LOG, [place])
     outcome = read_outcome(folder, run)
     if outcome is None:
@@ -171,34 +123,6 @@ def execute(folder: Path, run: Run) -> Outcome:
         outcome = Outcome(identity=run.identity, status="failed", reason=f"the process {killed}; see {place / LOG}")
         write_outcome(place, outcome)
     return outcome
-
-
-def _prepared(folder: Path, run: Run) -> Path:
-    """The run's folder, with what to do; what another run left there is gone."""
-    place = folder / run.place
-    spec = place / SPEC
-    if recorded_identity(place, run) is None:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        replace_text(spec, json.dumps(asdict(run) | {"identity": run.identity}, indent=2, sort_keys=True))
-    return place
-
-
-def recorded_identity(place: Path, run: Run) -> str | None:
-    """The identity under which this very run stands in its folder; None where another run or none does.
-
-    It may be older than some options of a run, which then have to be what they are by default.
-    """
-    try:
-        recorded = json.loads((place / SPEC).read_text(encoding="utf-8"))
-        then, identity = recorded["train"].keys(), str(recorded["identity"])
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    usual = {field.name: field.default for field in fields(TrainConfig)}
-    if any(name not in usual or usual[name] != run.train[name] for name in run.train.keys() - then):
-        return None
-    older = replace(run, train={name: value for name, value in run.train.items() if name in then})
-    return identity if older.identity == identity else None
 
 
 def _process(log: Path, places: Sequence[Path]) -> int:
@@ -216,45 +140,3 @@ def own_code() -> dict[str, str]:
     ours = str(Path(__file__).resolve().parents[2])
     before = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": ours if not before else os.pathsep.join([ours, before])}
-
-
-def read_outcome(folder: Path, run: Run) -> Outcome | None:
-    """The outcome of this very run, if it is there."""
-    try:
-        values = json.loads((folder / run.place / OUTCOME).read_text(encoding="utf-8"))
-        values["curve"] = tuple((int(step), float(loss)) for step, loss in values["curve"])
-        outcome = Outcome(**values)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return outcome if outcome.identity in (run.identity, recorded_identity(folder / run.place, run)) else None
-
-
-def write_outcome(place: Path, outcome: Outcome) -> None:
-    """Write it whole or not at all."""
-    replace_text(place / OUTCOME, json.dumps(asdict(outcome), indent=2))
-
-
-def told(run: Run) -> str:
-    """What a run is called."""
-    return run.arm + (f", {run.size:,} examples" if run.size else "") + f", seed {run.seed}"
-
-
-def describe(outcome: Outcome) -> str:
-    """One line."""
-    if outcome.status != "done":
-        return f"{outcome.status}: {outcome.reason}"
-    return ", ".join(f"{name} {value:.4g}" for name, value in outcome.figures.items())
-
-
-def slug(label: str) -> str:
-    """A label as a folder's name; different labels stay different."""
-    plain = re.sub(r"[^A-Za-z0-9.+=_-]+", "-", label).strip("-.")
-    return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
-
-
-def adapters_of(folder: Path, runs: Sequence[Run]) -> Iterator[tuple[Run, Path]]:
-    """The folders of trained tensors that are there."""
-    for run in runs:
-        tuned = folder / run.place / TUNED
-        if tuned.is_dir():
-            yield run, tuned

@@ -10,6 +10,7 @@ share of the passes by tokens: an outcome says of how many.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -17,11 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from deltaw.bases import Base
-from deltaw.compare.study import Outcome, Run, told
-from deltaw.compare.worker import config_of, for_training, judged, outcome_of, reason_of, trained_before
+from deltaw.compare.run import TOGETHER, Outcome, Run, told
+from deltaw.compare.worker import (
+    config_of,
+    for_training,
+    judged,
+    outcome_of,
+    reason_of,
+    trained_before,
+    trained_with,
+)
 from deltaw.errors import DeltawError
 from deltaw.inject import find_sites, resolve
 from deltaw.plan.devices import available_memory
+from deltaw.store.atomic import replace_text
 from deltaw.train.config import TrainConfig
 from deltaw.train.examples import open_base
 from deltaw.train.job import Job, JobResult
@@ -51,6 +61,9 @@ def do_together(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
     jobs = {place: Job(config=config) for place, config in named(configs, runs).items() if place not in results}
     for members in portions(jobs):
         base, ended = train_set(members, base)
+        began = [place for place, end in ended.items() if isinstance(end, JobResult)]
+        for place in began:
+            replace_text(place / TOGETHER, json.dumps({"together": len(began)}))
         for place, end in ended.items():
             if isinstance(end, JobResult) and end.result is not None:
                 results[place] = end.result
@@ -59,7 +72,7 @@ def do_together(runs: Mapping[Path, Run]) -> Iterator[tuple[Path, Outcome]]:
     for place, result in results.items():
         try:
             outcome = outcome_of(runs[place], result, judged(runs[place], configs[place], result, base),
-                                 together=len(runs))
+                                 together=trained_with(place))
         except Exception as error:  # one run that cannot be judged is no reason to lose the others
             outcome = reason_of(runs[place], error)
         yield place, outcome

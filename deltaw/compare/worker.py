@@ -1,6 +1,6 @@
 """Runs of a study, in a process of their own: `python -m deltaw.compare.worker FOLDER...`; several train `together`.
 
-    train    as `run.json` says
+    train    as `run.json` says; not again where that was done before and only the judging is another now
     judge    the saved folder, loaded again as a user would, on the test data
     time     a forward pass of the base, with the change, and merged where it can be
 """
@@ -16,18 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from deltaw.compare.study import SPEC, TUNED, Outcome, Run, write_outcome
-from deltaw.errors import BaseModelError, ConfigError, DeltawError
+from deltaw.compare.run import JUDGES, OUTCOME, SPEC, TOGETHER, TUNED, Outcome, Run, write_outcome
+from deltaw.errors import DeltawError, TargetError
 
 if TYPE_CHECKING:
     from deltaw.bases import Base
     from deltaw.compare.judge import Judged
     from deltaw.train.config import TrainConfig
     from deltaw.train.result import TrainResult
-
-NOT_APPLICABLE = (ConfigError, BaseModelError)
-"""What a method that cannot be used on a model raises, before any training."""
-
 
 def main(places: Sequence[Path]) -> int:
     """Do the runs whose folders these are, and leave their outcomes there; 130 where that was stopped."""
@@ -68,7 +64,7 @@ def do(run: Run, place: Path) -> Outcome:
     config = config_of(run, place)
     trains = for_training(run, config)
     result = trained_before(trains) or train(trains, quiet=True)
-    return outcome_of(run, result, judged(run, config, result))
+    return outcome_of(run, result, judged(run, config, result), together=trained_with(place))
 
 
 def config_of(run: Run, place: Path) -> TrainConfig:
@@ -82,35 +78,59 @@ def config_of(run: Run, place: Path) -> TrainConfig:
 def for_training(run: Run, config: TrainConfig) -> TrainConfig:
     """The config without metrics that nobody looks at: where test data decides, no answer to held-out rows is written.
 
-    A metric that chooses the best step is measured on the held-out rows all the same.
+    A metric that chooses the best step is measured on the held-out rows all the same. A run that was begun goes on with
+    the metrics that it began with, which nothing but its log depends on.
     """
     decides = config.keep_best not in (None, "loss")
-    return config if run.test is None or decides else replace(config, metrics=())
+    config = config if run.test is None or decides else replace(config, metrics=())
+    begun = begun_with(config)
+    return config if begun is None else replace(config, **{name: begun[name] for name in JUDGES if name in begun})
+
+
+def begun_with(config: TrainConfig) -> dict[str, Any] | None:
+    """The options with which the run in the config's folder was begun; None where none was."""
+    from deltaw.train.run import CONFIG_FILE
+
+    try:
+        found = json.loads((Path(config.out) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def trained_before(config: TrainConfig) -> TrainResult | None:
-    """The result of this very run, where it was trained to its end before."""
+    """The result of this very training, where it was brought to its end before.
+
+    Options that came later than the result have to be what they are by default.
+    """
+    from deltaw.train.config import TrainConfig
     from deltaw.train.result import TrainResult
     from deltaw.train.run import RESULT_FILE
 
     file = Path(config.out) / RESULT_FILE
     try:
         found = TrainResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        usual = TrainConfig(model=config.model, data=config.data, out=config.out).to_dict()
+        then = {name: {**value, **found.config[name]} if isinstance(value, dict) and name in found.config else value
+                for name, value in usual.items()}
+        then |= {name: value for name, value in found.config.items() if not isinstance(usual.get(name), dict)}
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return None if config.changes(found.config) else found
+    return None if config.changes(then) else found
 
 
 def judged(run: Run, config: TrainConfig, result: TrainResult, base: Base | None = None) -> Judged | None:
     """What the trained folder is worth, found on `base` where it is there; None where the held-out figures stand."""
-    if run.test is None and not run.latency:
+    held_out = run.test is None and any(result.config.get(name) != value for name, value in config.to_dict().items()
+                                        if name in JUDGES)
+    if run.test is None and not run.latency and not held_out:
         return None
     from deltaw.compare.judge import judge
 
-    return judge(run, config, Path(config.out), result.data.get("labels"), base=base)
+    return judge(run, config, Path(config.out), result.data.get("labels"), base=base, held_out=held_out)
 
 
-def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together: int = 1) -> Outcome:
+def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together: int) -> Outcome:
     """What came of a finished run."""
     figures, rows = result.after, int(result.data.get("valid_rows", 0))
     if judged is not None and judged.figures:
@@ -124,10 +144,20 @@ def outcome_of(run: Run, result: TrainResult, judged: Judged | None, *, together
 
 
 def reason_of(run: Run, error: Exception | str) -> Outcome:
-    """Why a run came to nothing."""
+    """Why a run came to nothing: a method that has nothing to apply to on the model is told from what went wrong."""
     text = str(error) if isinstance(error, (DeltawError, str)) else f"{type(error).__name__}: {error}"
-    return Outcome(identity=run.identity, status="n/a" if isinstance(error, NOT_APPLICABLE) else "failed",
+    return Outcome(identity=run.identity, status="n/a" if isinstance(error, TargetError) else "failed",
                    reason=" ".join(text.split()))
+
+
+def trained_with(place: Path) -> int:
+    """How many runs shared the process in which this folder was trained, this one among them."""
+    for file in (place / TOGETHER, place / OUTCOME):
+        try:
+            return int(json.loads(file.read_text(encoding="utf-8"))["together"])
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return 1
 
 
 def step_seconds(curve: Sequence[Mapping[str, Any]]) -> float:

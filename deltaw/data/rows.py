@@ -226,7 +226,9 @@ class _Fields:
 def _no_shape(source: Source, mapping: Mapping[str, str], task: str, present: set[str]) -> Fault:
     shapes = [shape for shape in _SHAPES if shape.task == task]
     wanted = "; or ".join(" + ".join(shape.required) for shape in shapes)
-    alike = next((hint for column in source.columns for hint in [near(column, FIELDS, limit=1)] if hint), "")
+    fields = [field for shape in shapes for field in shape.required]
+    alike = next((hint for column in source.columns if column not in FIELDS
+                  for hint in [near(column, fields, limit=1)] if hint), "")
     example = "text=sentence, label=class" if task == "seq-cls" else "prompt=question, completion=answer"
     remedy = f"Say which column is which, such as columns {example}. {alike}"
     if task == "causal-lm" and {"text", "label"} <= present:

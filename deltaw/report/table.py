@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from deltaw.report.page import escape
 
+_DENSE = 7
+"""Columns above which a table is set smaller."""
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -34,7 +37,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str | Cell]], *, ca
     rows = list(rows)
     if not rows:
         return ""
-    marks = " ".join(name for name, on in (("sortable", sortable), ("text", keep_lines), ("strong", strong_last)) if on)
+    marks = " ".join(name for name, on in (("sortable", sortable), ("text", keep_lines), ("strong", strong_last),
+                                           ("dense", len(columns) > _DENSE)) if on)
     head = "".join(_head(column, sortable) for column in columns)
     named = f"<thead><tr>{head}</tr></thead>\n" if any(column.name for column in columns) else ""
     body = "\n".join(_row(columns, row) for row in rows)
@@ -50,8 +54,8 @@ def number(value: float | None, form: str = ".3g") -> str | Cell:
 def _head(column: Column, sortable: bool) -> str:
     kind = ' class="figure"' if column.figure else ""
     if not sortable:
-        return f'<th scope="col"{kind}>{escape(column.name)}</th>'
-    return f'<th scope="col"{kind} aria-sort="none"><button type="button">{escape(column.name)}</button></th>'
+        return f'<th scope="col"{kind}>{_breakable(column.name)}</th>'
+    return f'<th scope="col"{kind} aria-sort="none"><button type="button">{_breakable(column.name)}</button></th>'
 
 
 def _row(columns: Sequence[Column], row: Sequence[str | Cell]) -> str:
@@ -61,5 +65,10 @@ def _row(columns: Sequence[Column], row: Sequence[str | Cell]) -> str:
         kind = ' class="figure"' if column.figure else ""
         value = f' data-value="{cell.value!r}"' if isinstance(cell, Cell) else ""
         text = cell.text if isinstance(cell, Cell) else cell
-        cells.append(f"<{tag}{scope}{kind}{value}>{escape(text)}</{tag}>")
+        cells.append(f"<{tag}{scope}{kind}{value}>{escape(text) if number_of else _breakable(text)}</{tag}>")
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _breakable(text: str) -> str:
+    """A heading that may be broken where names are joined, as in q_proj+v_proj."""
+    return escape(text).replace("+", "+<wbr/>")

@@ -57,7 +57,8 @@ def _loss_chart(result: TrainResult) -> str:
     held: list[Point] = [(float(row["step"]), float(row["loss"])) for row in result.curve if row.get("event") == "eval"]
     window = max(1, len(train) // 25)
     lines = [Line("training", smoothed(train, window=window), "train"), Line("held-out", held, "held", dots=True)]
-    return line_chart([line for line in lines if line.points], x_label="step", y_label="loss")
+    return line_chart([line for line in lines if line.points], x_label="step", y_label="loss",
+                      from_zero=False)
 
 
 def _answers(result: TrainResult) -> str:

@@ -33,7 +33,7 @@ def test_compare_trains_judges_and_goes_on_where_it_stopped(deltaw: Deltaw, base
     assert "lora" in text
     assert "n/a" in text  # a Llama has no biases
     assert "2 runs together: lora, seed 0; lora, seed 1" in log
-    assert "MiB (2 runs)" in text
+    assert "* of runs that trained in one process" in text
     assert "--together off measures each alone" in text
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "does not apply" in page
@@ -41,7 +41,7 @@ def test_compare_trains_judges_and_goes_on_where_it_stopped(deltaw: Deltaw, base
     assert "* of runs that trained in one process" in page
     code, text, log = deltaw(*command, "--json")
     assert code == 0
-    assert log.count("done before") == 3  # the method that does not apply is not asked again either
+    assert log.count("done before") == 2
     result = json.loads(text)
     assert [row["arm"] for row in result["rows"]] == ["lora", "bitfit"]
     assert result["rows"][0]["figures"]["loss"]["n"] == 2
@@ -83,6 +83,28 @@ def test_faults_of_a_study_name_the_option(deltaw: Deltaw) -> None:
     assert "Traceback" not in log
 
 
+def test_faults_of_arms_are_usage_errors_before_anything_is_trained(deltaw: Deltaw, base: Path, rows: Path,
+                                                                    tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text('[arms.a]\nmethod = "fulll"\n[arms.b]\nlearning_rate = -1\n', encoding="utf-8")
+    shared = ["--model", base, "--data", rows, "--out", tmp_path / "study"]
+    code, _, log = deltaw("compare", "--config", file, *shared)
+    assert code == 2
+    assert "arm 'a': TrainConfig.method: got 'fulll'" in log
+    assert "arm 'b': TrainConfig.learning_rate: got -1" in log
+    code, _, log = deltaw("sweep", *shared, "--targets", "q_porj,v_proj", "--ranks", "1")
+    assert code == 2
+    assert "arm 'q_porj r=1'" in log
+    assert "Did you mean q_proj" in log
+    code, _, log = deltaw("compare", *shared, "--num-beams", "4", "--metrics", "bleu")
+    assert code == 2
+    assert "--num-beams: got 4 without test data; expected --test with it" in log
+    code, _, log = deltaw("compare", *shared, "--task", "seq-cls", "--metrics", "bleu")
+    assert code == 2
+    assert "--metrics: bleu is of written answers" in log
+    assert not (tmp_path / "study").exists()
+
+
 def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "study.json"
     values = {"metods": ["lora"], "train": {"model": "m", "data": "d", "out": "o"}}
@@ -99,9 +121,15 @@ def test_what_has_no_figure_is_said_under_the_table(capsys: pytest.CaptureFixtur
     show(result, argparse.Namespace(), None, [])
     text = capsys.readouterr().out
     table = text[:text.index("bitfit does not apply: a Llama has no biases")]
-    assert "lora (1 failed)" in table
+    lines = {line.split()[0]: line for line in table.splitlines() if line.split()}
+    assert "lora (1 of 3 seeds failed)" in lines["lora"]
     assert "accuracy, %" in table
-    assert "91 ± 1.4" in table
-    assert [table.count(word) for word in ("n/a", "has no biases")] == [1, 0]
+    assert "91 ± 1.4" in lines["lora"]
+    assert ("n/a" in lines["bitfit"], "failed" in lines["full"], "has no biases" in table) == (True, True, False)
     assert "lora, seed 2, failed: loss is NaN" in text
     assert "full, seed 0, failed: out of memory" in text
+    show(StudyResult(kind="compare", folder="s", config={}, judged_by="loss", rows=rows[1:], curves={}),
+         argparse.Namespace(), None, [])
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in text[:text.index("bitfit does")].splitlines() if line.split()}
+    assert ("n/a" in lines["bitfit"], "failed" in lines["full"]) == (True, True)  # though no arm has a figure

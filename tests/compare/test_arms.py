@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig
-from deltaw.compare.arms import RATES, arms_of_comparison, arms_of_sweep, ranks_in_budget, runs_of
+from deltaw.compare.arms import RATES, arms_of_comparison, arms_of_sweep, runs_of
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError
+from deltaw.train.beams import Beams
 from deltaw.train.config import TrainConfig
-from tests.cli.conftest import write_base
 
 TRAIN = TrainConfig(model="m", data="d", out="o", lora=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj",)))
 
@@ -70,14 +70,46 @@ def test_each_method_takes_those_of_the_shared_options_that_are_its_own() -> Non
         CompareConfig(train=TRAIN, methods=("adapterh",))
 
 
-def test_ranks_in_a_budget_are_the_largest_that_fit(tmp_path: Path) -> None:
-    write_base(tmp_path / "base")  # 2 layers of width 32, keys and values of 16
-    train = TrainConfig(model=str(tmp_path / "base"), data="d", out="o")
-    config = SweepConfig(train=train, targets=("q_proj", "q_proj+v_proj"), budget=1000)
-    # Σ (I + O): q 2·(32 + 32) = 128 at each rank, with v 2·(32 + 16) more.
-    assert ranks_in_budget(config) == {"q_proj": 1000 // 128, "q_proj+v_proj": 1000 // 224}
-    with pytest.raises(ConfigError, match="224 values at rank 1"):
-        ranks_in_budget(SweepConfig(train=train, targets=("q_proj", "q_proj+v_proj"), budget=200))
+def test_what_is_wrong_with_arms_is_told_with_their_names_before_anything_is_trained() -> None:
+    arms = {"a": {"method": "fulll"}, "b": {"learning_rate": -1}, "c": {"lora": {"rr": 1}},
+            "d": {"method": "lora", "baseline": {"bottleneck": 4}}, "fine": {"lora": {"r": 2}}}
+    with pytest.raises(ConfigError) as caught:
+        CompareConfig(train=TRAIN, arms=arms)
+    text = str(caught.value)
+    for expected in ("arm 'a': TrainConfig.method: got 'fulll'", "Did you mean full", "arm 'c': ", "'rr'",
+                     "arm 'b': TrainConfig.learning_rate", "arm 'd': BaselineConfig.bottleneck"):
+        assert expected in text
+    assert len(caught.value.faults) == 4
+    with pytest.raises(ConfigError) as caught:
+        CompareConfig(train=TRAIN, arms={"x": {"out": "o", "seed": 1, "model": "m", "lora": 8}, "y": 5})
+    assert [fault.where for fault in caught.value.faults] == [  # type: ignore[union-attr]
+        *(f"CompareConfig.arms['x'].{name}" for name in ("out", "seed", "model", "lora")), "CompareConfig.arms['y']"]
+    with pytest.raises(ConfigError, match="arm 'r=1 alpha=inf'"):
+        SweepConfig(train=TRAIN, ranks=(1,), scales=("inf",))
+
+
+def test_a_metric_that_does_not_fit_the_task_is_refused() -> None:
+    for metrics, where in ((("bleu",), "TrainConfig.metrics: bleu is of written"), ((), "arm 'x': TrainConfig")):
+        with pytest.raises(ConfigError, match=where):
+            CompareConfig(train=replace(TRAIN, task="seq-cls", metrics=metrics), arms={"x": {"metrics": ["rouge1"]}})
+    assert CompareConfig(train=replace(TRAIN, metrics=("bleu",))).judged_by == "bleu"
+
+
+def test_how_test_data_is_judged_is_a_fault_without_test_data() -> None:
+    with pytest.raises(ConfigError) as caught:
+        SweepConfig(train=TRAIN, test_rows=5, beams=Beams(num_beams=4, length_penalty=0.9))
+    text = str(caught.value)
+    assert [f"SweepConfig.{name}" in text for name in ("test_rows", "num_beams", "length_penalty",
+                                                       "no_repeat_ngram_size")] == [True, True, True, False]
+    assert SweepConfig(train=TRAIN, test="t", test_rows=5, beams=Beams(num_beams=4)).test_rows == 5
+
+
+def test_options_of_lora_alone_leave_other_methods_as_they_are() -> None:
+    train = replace(TRAIN, freeze_a=True, loraplus_lr_ratio=16.0)
+    config = CompareConfig(train=train, methods=("lora", "full"), seeds=(0,))
+    runs = runs_of(config, arms_of_comparison(config))
+    lora, full = (TrainConfig.from_dict({**run.train, "out": "o"}) for run in runs)
+    assert (lora.freeze_a, lora.loraplus_lr_ratio, full.freeze_a, full.loraplus_lr_ratio) == (True, 16.0, False, 1.0)
 
 
 def test_every_fault_of_a_study_is_told_at_once() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 import deltaw
 from deltaw.compare import study, together
-from deltaw.compare.study import TUNED, Outcome, Run, read_outcome, run_study, sets_of
+from deltaw.compare.run import RUNS, TUNED, Outcome, Run, prepared, read_outcome, write_outcome
+from deltaw.compare.study import run_study, sets_of
 from deltaw.compare.table import rows_of
 from deltaw.compare.worker import main
 from tests.cli.conftest import questions, write_base, write_rows
@@ -78,6 +79,12 @@ def test_ranks_together_have_the_figures_of_ranks_alone(tmp_path: Path, shared: 
         assert max(differences(tmp_path / "apart" / run.place / TUNED, tmp_path / "joint" / run.place / TUNED)) <= 1e-5
     assert [row.together for row in rows_of(runs, joint)] == [2, 2]
     assert any(line.startswith("2 runs together: r=1, seed 0; r=4, seed 0") for line in lines)
+    # Judged otherwise, beside one that is new: nothing is trained again, and the new one trains alone.
+    later = [dataclasses.replace(run, test_rows=3) for run in runs] + ranks(shared, 2)
+    outcomes = run_study(tmp_path / "joint", later, lines.append, together=True)
+    assert [(o.status, o.together, o.rows) for o in outcomes[:2]] == [("done", 2, 3)] * 2
+    assert (outcomes[2].status, outcomes[2].together) == ("done", 1)
+    assert [o.peak_memory for o in outcomes[:2]] == [o.peak_memory for o in joint]
 
 
 def test_what_fails_in_a_set_is_a_row_and_the_rest_go_on(tmp_path: Path, shared: dict[str, Any],
@@ -125,7 +132,7 @@ def test_a_run_begun_alone_goes_on_in_a_set(tmp_path: Path, shared: dict[str, An
                                             in_this_process: list[list[str]]) -> None:
     """As in a study that was begun before runs trained together."""
     runs = ranks(shared, 1, 4, save_every=2)
-    place = study._prepared(tmp_path, runs[0])
+    place = prepared(tmp_path, runs[0])
     options = {**shared, "lora": {"r": 1}, "save_every": 2, "out": str(place / TUNED), "samples": 0, "resume": True}
     config = deltaw.TrainConfig.from_dict(options)
     with pytest.raises(KeyboardInterrupt):
@@ -159,7 +166,7 @@ def test_runs_of_a_process_that_is_killed_are_tried_one_by_one(tmp_path: Path, s
     def process(log: Path, places: list[Path]) -> int:
         given.append(len(places))
         if len(places) > 1:
-            study.write_outcome(places[0], Outcome(identity=runs[0].identity, status="done", figures={"loss": 1.0}))
+            write_outcome(places[0], Outcome(identity=runs[0].identity, status="done", figures={"loss": 1.0}))
             return -9
         return main(places)
 
@@ -188,4 +195,4 @@ def test_a_set_in_a_process_of_its_own_leaves_outcomes_and_a_log(tmp_path: Path,
     runs = ranks(shared, 1, 2)
     outcomes = run_study(tmp_path, runs, lambda _: None, together=True)
     assert [(o.status, o.together) for o in outcomes] == [("done", 2)] * 2
-    assert "together: passes of up to" in (tmp_path / study.RUNS / study.SET_LOG).read_text(encoding="utf-8")
+    assert "together: passes of up to" in (tmp_path / RUNS / study.SET_LOG).read_text(encoding="utf-8")

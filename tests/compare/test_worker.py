@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from deltaw.compare.study import SPEC, Outcome, Run, read_outcome
+from deltaw.compare.run import SPEC, Outcome, Run, prepared, read_outcome
 from deltaw.compare.worker import data_of, main, step_seconds
+from deltaw.train import loop
+from deltaw.train import run as worker_train
 from deltaw.train.config import TrainConfig
 from tests.cli.conftest import questions, write_base, write_rows
 
@@ -38,6 +41,14 @@ def done(folder: Path, run: Run) -> Outcome:
     return outcome
 
 
+def again(folder: Path, run: Run) -> Outcome:
+    """The run as a study does it in a folder where it may have been before."""
+    assert main([prepared(folder, run)]) == 0
+    outcome = read_outcome(folder, run)
+    assert outcome is not None
+    return outcome
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_is_trained_judged_and_timed(tmp_path: Path, shared: dict[str, Any], method: str) -> None:
     test = write_rows(tmp_path / "test.jsonl", questions("yes")[:6])
@@ -55,6 +66,44 @@ def test_a_run_is_trained_judged_and_timed(tmp_path: Path, shared: dict[str, Any
     assert outcome.parameters == (whole if method == "full" else low_rank)
 
 
+def test_another_way_of_judging_trains_nothing(tmp_path: Path, shared: dict[str, Any],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """On held-out rows and on test data; the figures are those that a run which was judged so at once has."""
+    test = str(write_rows(tmp_path / "test.jsonl", questions("yes")[:6]))
+    run = Run(arm="lora", seed=0, train={**shared, "metrics": []})
+    ways = [{"train": {**shared, "metrics": ["exact_match", "bleu"], "max_new_tokens": 3}},
+            {"test": test}, {"test": test, "test_rows": 3}, {"test": test, "latency": True}]
+    first = again(tmp_path / "study", run)
+    assert set(first.figures) == {"loss"}
+    monkeypatch.setattr(worker_train, "train", lambda *_, **__: pytest.fail("trained again"))
+    judged = [again(tmp_path / "study", dataclasses.replace(run, **{"train": shared, **way})) for way in ways]
+    monkeypatch.undo()
+    for way, outcome in zip(ways[:2], judged, strict=False):
+        whole = again(tmp_path / "anew", dataclasses.replace(run, arm=str(len(str(way))), **{"train": shared, **way}))
+        assert outcome.figures == pytest.approx(whole.figures)
+        assert (outcome.rows, set(outcome.latency)) == (whole.rows, set(whole.latency))
+    assert again(tmp_path / "study", run).figures == pytest.approx(first.figures)
+
+
+def test_a_run_that_was_broken_off_goes_on_although_it_is_judged_otherwise(tmp_path: Path, shared: dict[str, Any],
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(arm="lora", seed=0, train={**shared, "eval_every": 4, "metrics": []})
+    settle = loop.Run.settle
+
+    def stopping(loop_run: Any, *args: Any) -> None:
+        if loop_run.state.step == 8:
+            raise KeyboardInterrupt
+        settle(loop_run, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Run, "settle", stopping)
+        assert main([prepared(tmp_path, run)]) == 130
+    outcome = again(tmp_path, dataclasses.replace(run, train={**run.train, "metrics": ["exact_match"]}))
+    assert (outcome.status, set(outcome.figures)) == ("done", {"loss", "exact_match"})
+    lines = (tmp_path / run.place / "adapter" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [row["step"] for row in map(json.loads, lines) if row["event"] == "step"] == list(range(1, 13))
+
+
 def test_a_method_that_does_not_apply_is_told_from_one_that_failed(tmp_path: Path, shared: dict[str, Any]) -> None:
     outcome = done(tmp_path, Run(arm="bitfit", seed=0, train={**shared, "method": "bitfit"}))
     assert outcome.status == "n/a"
@@ -62,6 +111,9 @@ def test_a_method_that_does_not_apply_is_told_from_one_that_failed(tmp_path: Pat
     outcome = done(tmp_path, Run(arm="lora", seed=0, train={**shared, "data": str(tmp_path / "none.jsonl")}))
     assert outcome.status == "failed"
     assert "none.jsonl" in outcome.reason
+    outcome = done(tmp_path, Run(arm="wrong", seed=0, train={**shared, "learning_rate": -1.0}))
+    assert outcome.status == "failed"
+    assert "learning_rate" in outcome.reason
 
 
 def test_few_examples_are_part_of_the_more(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def test_columns_that_fit_no_shape_name_what_would():
         parsed({"promt": "a", "ref": "b"})
     with pytest.raises(DataError, match=r"text \+ label"):
         parsed({"text": "a"}, task="seq-cls")
+    with pytest.raises(DataError, match=r"text \+ label") as caught:  # prompt is no misspelling of text, nor of itself
+        parsed({"prompt": "a", "completion": "b"}, task="seq-cls")
+    assert "Did you mean" not in str(caught.value)
+    with pytest.raises(DataError, match="Did you mean label"):
+        parsed({"sentence": "a", "labels": "b"}, task="seq-cls")
     with pytest.raises(DataError, match="belong to no single shape"):
         parsed({"prompt": "a", "completion": "b", "text": "c"}, {"prompt": "prompt", "text": "text"})
 

@@ -43,7 +43,8 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_config_is_one(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     verb, kind = (sweep_verb, SweepConfig) if "ranks =" in text else (compare_verb, CompareConfig)
-    config = study_config(verb.parser().parse(["--config", str(file), "--data", "d", "--out", "o"]), kind)
+    options = ["--config", str(file), "--data", "d", "--test", "d", "--out", "o"]
+    config = study_config(verb.parser().parse(options), kind)
     assert config.judged_by in ("bleu", "accuracy", "loss")
     assert text.startswith("# ")  # the first line of its page
 
@@ -87,18 +88,28 @@ def test_mpnets_parts_become_a_model_folder(prepare: ModuleType, tmp_path: Path)
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
 
 
-def test_a_page_says_what_the_table_says(pages: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [30, None])
+def test_a_page_says_what_the_table_says(pages: ModuleType, tmp_path: Path, steps: int | None) -> None:
     rows = (Row(arm="lora", figures={"bleu": measured([30.0, 32.0])}, parameters=1234, share=0.01, seeds=(0, 1),
-                step_seconds=2.0, failed={2: "loss is NaN"}), Row(arm="bitfit", not_applicable="no biases"))
-    config = {"train": {"max_steps": 30, "batch_size": 4}, "seeds": [0, 1, 2], "test_rows": None, "paper": "e2e",
+                step_seconds=2.0, failed={2: "loss is NaN"}, together=2, latency={"tuned_1": 0.012, "tuned_16": 0.1}),
+            Row(arm="bitfit", not_applicable="no biases"), Row(arm="full", failed={0: "out of memory"}))
+    config = {"train": {"max_steps": steps, "batch_size": 4}, "seeds": [0, 1, 2], "test_rows": None, "paper": "e2e",
               "beams": {"num_beams": 1}}
     result = StudyResult(kind="compare", folder="e2e", config=config, judged_by="bleu", rows=rows, curves={})
     (tmp_path / "e2e").mkdir()
     (tmp_path / "e2e" / "study.json").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
-    run = {"precision": "float32: why", "versions": {"torch": "2", "transformers": "5"}, "tokens": 900,
+    run = {"steps": 30, "precision": "float32: why", "versions": {"torch": "2", "transformers": "5"}, "tokens": 900,
            "data": {"train_rows": 50}}
     (tmp_path / "e2e" / "train_result.json").write_text(json.dumps(run), encoding="utf-8")
     text = pages.results_page("e2e", STUDIES / "e2e.toml", tmp_path)
-    for said in ("| lora | 31 ± 1.4 | 1,234 | 1 |", "bitfit does not apply: no biases", "seed 2, failed: loss is NaN",
+    for said in ("| lora (1 of 3 seeds failed) | 31 ± 1.4 | 1,234 | 1 | 0.00 | 0 * | 2 * | 12 | 100 | 2 |",
+                 r"\* of runs that trained in one process", "| bitfit | n/a | – |", "| full | failed | – |",
+                 "| cider | here: bleu |", "± 0.02 | 31 ± 1.4 |", "bitfit does not apply: no biases",
+                 "seed 2, failed: loss is NaN",
                  "Table 3", "| lora | GPT-2 M |", "30 steps of 4 examples of 50", "takes 2 minutes"):
         assert said in text, said
+    swept = dataclasses.replace(result, kind="sweep")
+    (tmp_path / "e2e" / "study.json").write_text(json.dumps(dataclasses.asdict(swept)), encoding="utf-8")
+    text = pages.results_page("e2e", STUDIES / "e2e.toml", tmp_path)
+    assert "| r=4 | 1.18 | 70.38 |" in text  # Table 18
+    assert "Table 3:" not in text
