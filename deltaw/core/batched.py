@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.core.kernels import Stripped, product
+from deltaw.core.kernels import Stripped, output_for, write_product
 from deltaw.core.methods import lora
 from deltaw.core.stacks import Stacks
 
@@ -156,8 +156,13 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
         keep, W, b, factors = _parts(plan, flat)
         x_TI = x.reshape(-1, x.shape[-1])
-        y = [x_TI.new_zeros(len(x_TI), outputs) if W_OI is None else product(x_TI, W_OI, bias)
-             for W_OI, bias, outputs in zip(W, b, plan.outputs, strict=True)]
+        made = [output_for(x, outputs) for outputs in plan.outputs]
+        y = [y_TO for _, y_TO in made]
+        for y_TO, W_OI, bias in zip(y, W, b, strict=True):
+            if W_OI is None:
+                y_TO.zero_()
+            else:
+                write_product(x_TI, W_OI, bias, y_TO)
         H = []
         ctx.stacks = {}  # made once, and there until the backward pass: as large as the adapters of this pass
         for first, stop in plan.runs:
@@ -173,7 +178,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.plan, ctx.count = plan, len(H)
         ctx.save_for_backward(x, *H, *flat)
         ctx.set_materialize_grads(False)
-        return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in y)
+        return tuple(output for output, _ in made)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

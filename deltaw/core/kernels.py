@@ -42,16 +42,14 @@ class Stripped(NamedTuple):
         """(O, I)"""
         return self.packed.shape
 
-    def product(self, x_NI: Tensor, b: Tensor | None) -> Tensor:
-        """x Wᵀ + b"""
-        y_NO = x_NI.new_empty(len(x_NI), self.shape[0])
+    def write_product(self, x_NI: Tensor, b: Tensor | None, y_NO: Tensor) -> None:
+        """Write x Wᵀ + b to y."""
         for rows, W_RI in self.packed.strips(x_NI.dtype, self.workspace):
             part = y_NO[:, rows]
             if b is None:
                 torch.mm(x_NI, W_RI.t(), out=part)
             else:
                 torch.addmm(b[rows], x_NI, W_RI.t(), out=part)
-        return y_NO
 
     def add_transposed(self, g_NO: Tensor, dx_NI: Tensor | None) -> Tensor:
         """dx + g W, in dx's memory where there is a dx."""
@@ -121,10 +119,11 @@ class _LowRankLinear(torch.autograd.Function):
         H = _dropped(x_NI, keep, kept) @ _stack(A, x.dtype).t()
         outputs, start = [], 0
         for i, scale in enumerate(scales):
-            y_NO = product(x_NI, W[i], b[i])
+            y, y_NO = output_for(x, W[i].shape[0])
+            write_product(x_NI, W[i], b[i], y_NO)
             h_NR = H[:, start:start + A[i].shape[0]]
             y_NO.addmm_(h_NR, B[i].to(x.dtype).t(), alpha=scale)
-            outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[-1]))
+            outputs.append(y)
             start += A[i].shape[0]
         ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None,
                               *(None if isinstance(w, Stripped) else w for w in W), *A, *B)
@@ -174,7 +173,9 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Stripped, b: Tensor | None) -> Tensor:
         ctx.W = W
-        return W.product(x.reshape(-1, x.shape[-1]), b).view(*x.shape[:-1], W.shape[0])
+        y, y_NO = output_for(x, W.shape[0])
+        W.write_product(x.reshape(-1, x.shape[-1]), b, y_NO)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -183,11 +184,24 @@ class _FrozenLinear(torch.autograd.Function):
         return dx.view(*g.shape[:-1], ctx.W.shape[1]), None, None
 
 
-def product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b"""
+def output_for(x: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """Memory for a product with x (..., I): y (..., O), and the same as y (N, O) to write to.
+
+    A node returns the first. Had it made (N, O) and returned a view of it, the model could not change its output in
+    place, as some do with a linear layer's (DeBERTa scales its queries so).
+    """
+    y = x.new_empty(*x.shape[:-1], outputs)
+    return y, y.view(-1, outputs)
+
+
+def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Tensor) -> None:
+    """Write x Wᵀ + b to y."""
     if isinstance(W, Stripped):
-        return W.product(x_NI, b)
-    return x_NI @ W.t() if b is None else torch.addmm(b, x_NI, W.t())
+        W.write_product(x_NI, b, y_NO)
+    elif b is None:
+        torch.mm(x_NI, W.t(), out=y_NO)
+    else:
+        torch.addmm(b, x_NI, W.t(), out=y_NO)
 
 
 def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tensor | None],
