@@ -1,7 +1,7 @@
 """Figures for answers: what was written, or chosen, beside what was expected; through kept libraries.
 
-    of texts      bleu (sacrebleu), nist and meteor (nltk), rouge1, rouge2, rougeL (rouge-score), cider (CIDEr-D, here),
-                  logical_form (SQL, here); several references for an input are several rows with the same prompt
+    of texts      bleu (sacrebleu), meteor (nltk), rouge1, rouge2, rougeL (rouge-score), nist (as mteval-v13a), cider
+                  (CIDEr-D), logical_form (SQL); several references for an input are several rows with the same prompt
     of choices    accuracy, f1 (macro), matthews (scikit-learn), pearson, spearman (scipy; the choices are numbers)
     of the loss   perplexity, exp of it
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-TEXT_METRICS = {"bleu": "text", "nist": "text", "meteor": "text", "rouge1": "text", "rouge2": "text", "rougeL": "text",
+TEXT_METRICS = {"bleu": "text", "nist": "nist", "meteor": "text", "rouge1": "text", "rouge2": "text", "rougeL": "text",
                 "cider": "cider", "logical_form": "sql"}
 """Figures of written answers with any number of references, and the file that computes each."""
 CHOICE_METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")

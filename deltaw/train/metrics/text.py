@@ -1,7 +1,6 @@
-"""BLEU, NIST, METEOR and ROUGE as their kept implementations compute them.
+"""BLEU, METEOR and ROUGE as their kept implementations compute them.
 
     bleu      sacrebleu's default (13a tokens, case counts, exponential smoothing), 0 to 100
-    nist      nltk's corpus score with 5-grams, on 13a tokens in lower case, as mteval has them
     meteor    nltk's, mean over the inputs, in lower case; without WordNet's files only exact words and stems match, and
               the figure is called meteor_exact_stem: it is lower than METEOR 1.5, which the papers use
     rouge*    rouge-score's F-measure, the best of the references, mean over the inputs
@@ -18,8 +17,6 @@ from typing import Any
 from deltaw.errors import ConfigError, Fault
 from deltaw.train.metrics.needed import needed
 
-NIST_ORDER = 5
-
 
 class _NoSynonyms:
     """Stands in for WordNet where its files are not there: no word has a synonym."""
@@ -33,8 +30,6 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> tup
     """The figure and the name to report it under."""
     if name == "bleu":
         return name, bleu(predictions, references)
-    if name == "nist":
-        return name, nist(predictions, references)
     if name == "meteor":
         return meteor(predictions, references)
     return name, rouge(name, predictions, references)
@@ -46,16 +41,6 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     most = max(map(len, references))
     streams = [[texts[k] if k < len(texts) else None for texts in references] for k in range(most)]
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
-
-
-def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus NIST with n-grams up to 5, or up to the longest answer where all are shorter."""
-    corpus_nist = needed("nltk.translate.nist_score", "nist").corpus_nist
-    tokenize = needed("sacrebleu.tokenizers.tokenizer_13a", "nist").Tokenizer13a()
-    written = [tokenize(text.lower()).split() for text in predictions]
-    wanted = [[tokenize(text.lower()).split() for text in texts] for texts in references]
-    order = min(NIST_ORDER, max(map(len, written)))
-    return float(corpus_nist(wanted, written, n=order)) if order else 0.0
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[str, float]:

@@ -56,21 +56,6 @@ def test_rouge_is_rouge_scores_best_reference(e2e: tuple[list[str], list[list[st
     assert text_figure(name, predictions, references) == (name, pytest.approx(sum(best) / len(best)))
 
 
-def test_nist_is_nltks(e2e: tuple[list[str], list[list[str]]]) -> None:
-    from nltk.translate.nist_score import corpus_nist
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    predictions, references = e2e
-    split = [[Tokenizer13a()(text.lower()).split() for text in texts] for texts in references]
-    expected = corpus_nist(split, [Tokenizer13a()(text.lower()).split() for text in predictions], n=5)
-    assert text_figure("nist", predictions, references) == ("nist", pytest.approx(expected))
-
-
-def test_nist_of_short_answers() -> None:
-    assert text_figure("nist", ["a b", "c"], [["a b"], ["c d"]])[1] > 0
-    assert text_figure("nist", ["", ""], [["a b"], ["c d"]])[1] == 0
-
-
 def test_meteor_without_wordnet_is_called_what_it_is() -> None:
     label, score = text_figure("meteor", ["the cats sat down"], [["the cat sat down"]])
     assert label == "meteor_exact_stem"
