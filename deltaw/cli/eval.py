@@ -56,8 +56,8 @@ class EvalOptions(ModelOptions):
     """Which column of the data plays which role, as for `deltaw train`."""
     metrics: tuple[str, ...] | None = None
     """exact_match, perplexity; of choices accuracy, f1, matthews, pearson, spearman; of texts bleu, nist, meteor,
-    rouge1, rouge2, rougeL, cider, logical_form (SQL), or the sets rouge and e2e. By default those of the training, else
-    exact_match or accuracy where they fit."""
+    rouge1, rouge2, rougeL, cider; of SQL logical_form, execution; or the sets rouge and e2e. By default those of the
+    training, else exact_match or accuracy where they fit."""
     max_length: int | None = None
     """Longest example in tokens; by default as in the training, else what the model takes, at most 1024."""
     train_on: Literal["completion", "all"] | None = None

@@ -120,6 +120,11 @@ class EncodedData:
         text = self.encoder.tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=True)
         return Prompt(ids[:start].tolist(), str(text), self.where(index))
 
+    def value(self, index: int, field: str) -> Any:
+        """What an example's row has beside its text in a field such as database or table; None where nothing."""
+        column = self._layout.columns.get(field)
+        return None if column is None else self.source[int(self._columns.rows[index])].values.get(column)
+
     def question(self, index: int) -> str:
         """What was last said to the model before the last answer of an example, in the words of its row."""
         row = parse(self._layout, self.source[int(self._columns.rows[index])])

@@ -123,4 +123,6 @@ def _open_file(path: Path) -> Source:
     if reader is None:
         raise DataError(Fault(str(path), f"is of the unknown format '{path.suffix}'", "one of " + ", ".join(READERS),
                               near(path.suffix, READERS)))
-    return reader(path)
+    source = reader(path)
+    source.folder = path.parent
+    return source

@@ -6,6 +6,8 @@
     labelled            text, label (and text_pair)               for classification
     text                text
 
+Chats and prompts may name what their answers, queries, are asked of: a database, or a table.
+
 A data set has one shape, that of its first row; columns that it does not need are ignored. A mapping of fields to
 columns adapts other names: {"prompt": "question", "completion": "answer"}.
 """
@@ -85,11 +87,12 @@ class _Shape:
     task: str = "causal-lm"
 
 
+_ASKED = ("database", "table")
 _SHAPES = (
-    _Shape("chat", ("messages",)),
-    _Shape("conversations", ("conversations",)),
-    _Shape("prompt-completion", ("prompt", "completion")),
-    _Shape("instruction", ("instruction", "output"), ("input",)),
+    _Shape("chat", ("messages",), _ASKED),
+    _Shape("conversations", ("conversations",), _ASKED),
+    _Shape("prompt-completion", ("prompt", "completion"), _ASKED),
+    _Shape("instruction", ("instruction", "output"), ("input", *_ASKED)),
     _Shape("labelled", ("text", "label"), ("text_pair",), task="seq-cls"),
     _Shape("text", ("text",)),
 )

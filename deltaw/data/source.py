@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deltaw.errors import DataError, Fault
@@ -32,6 +33,8 @@ class Source(ABC):
 
     name: str
     """The path or id, for messages."""
+    folder: Path = Path()
+    """Where relative paths in its rows begin: the folder of its file, else the current one."""
     columns: tuple[str, ...]
     """Every column that some row has, in order of appearance."""
     label_names: tuple[str, ...] | None = None
@@ -99,6 +102,7 @@ class Joined(Source):
 
     def __init__(self, parts: Sequence[Source], name: str) -> None:
         self.name = name
+        self.folder = parts[0].folder
         self._parts = tuple(parts)
         self._starts = [0]
         for part in parts:

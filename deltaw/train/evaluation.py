@@ -6,6 +6,7 @@
     accuracy, ...  the figures of `metrics.CHOICE_METRICS`; a language model chooses, among the answers that occur in
                    the data, the one with the largest Σ log p(token)
     bleu, ...      the figures of `metrics.TEXT_METRICS`; rows with the same prompt are references of one input
+    execution      share of queries that return what the expected ones return; each row names its database or table
     a function     of (predictions, references): texts, or class numbers for a classifier
 
 The model is used as it is: with whatever adapter is on, in evaluation mode.
@@ -29,8 +30,9 @@ from deltaw.errors import ConfigError, Fault
 from deltaw.train.beams import Beams
 from deltaw.train.decoding import decode, device_of, generate, score_choices
 from deltaw.train.figures import Metric, metric_name
-from deltaw.train.metrics import CHOICE_METRICS, PERPLEXITY, TEXT_METRICS, expand, text_figure
+from deltaw.train.metrics import CHOICE_METRICS, EXECUTION, PERPLEXITY, TEXT_METRICS, expand, text_figure
 from deltaw.train.metrics.choices import accuracy, choice_figure
+from deltaw.train.metrics.execution import databases_of, execution_accuracy
 from deltaw.train.objective import IGNORED, CausalLoss, ClassLoss
 
 MOST_CHOICES = 32
@@ -141,7 +143,7 @@ def _metrics_of_classes(metrics: Sequence[str | Metric], predictions: Sequence[i
     for metric in metrics:
         if not isinstance(metric, str):
             found[metric_name(metric)] = float(metric(predictions, references))
-        elif metric in TEXT_METRICS:
+        elif metric in TEXT_METRICS or metric == EXECUTION:
             raise ConfigError(Fault("metrics", f"{metric} is of written answers, and this model chooses labels",
                                     "exact_match, " + ", ".join(CHOICE_METRICS)))
         else:
@@ -155,6 +157,7 @@ def _metrics_of_texts(model: nn.Module, tokenizer: Any, data: EncodedData, rows:
                       beams: Beams | None) -> dict[str, float]:
     if not metrics:
         return {}
+    databases = databases_of(data, rows) if EXECUTION in metrics else []  # before anything is written
     references = [data.prompt(row).answer.strip() for row in rows]
     found: dict[str, float] = {}
     written, chosen = list[str](), list[str]()
@@ -168,6 +171,8 @@ def _metrics_of_texts(model: nn.Module, tokenizer: Any, data: EncodedData, rows:
         if isinstance(metric, str) and metric in TEXT_METRICS:
             label, score = text_figure(metric, *_by_prompt(data, rows, written, references))
             found[label] = score
+        elif metric == EXECUTION:
+            found[EXECUTION] = execution_accuracy(written, references, databases)
         else:
             found[metric_name(metric)] = float((accuracy if isinstance(metric, str) else metric)(written, references))
     return found

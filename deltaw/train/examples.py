@@ -28,6 +28,8 @@ from deltaw.data import (
 )
 from deltaw.train.config import TrainConfig
 from deltaw.train.decoding import device_of
+from deltaw.train.metrics import EXECUTION
+from deltaw.train.metrics.execution import databases_of
 from deltaw.train.prefetch import Prefetched
 from deltaw.train.state import Batch
 
@@ -177,6 +179,8 @@ def examples_for(config: TrainConfig, base: bases.Base) -> Examples:
         rows, held = split_valid(len(train), share, config.seed)
         valid = train
     chosen = [int(row) for row in held[:config.eval_rows]]
+    if EXECUTION in config.metrics:
+        databases_of(valid, chosen)  # asked before training whether every row has what the figure needs
     digest = _digest(config.data, train)
     return Examples(config=config, train=train, train_rows=rows, valid=valid, valid_rows=chosen, digest=digest)
 

@@ -2,6 +2,7 @@
 
     of texts      bleu (sacrebleu), meteor (nltk), rouge1, rouge2, rougeL (rouge-score), nist (as mteval-v13a), cider
                   (CIDEr-D), logical_form (SQL); several references for an input are several rows with the same prompt
+    of queries    execution (SQL, here): each row names its database or its table
     of choices    accuracy, f1 (macro), matthews (scikit-learn), pearson, spearman (scipy; the choices are numbers)
     of the loss   perplexity, exp of it
 
@@ -21,12 +22,14 @@ TEXT_METRICS = {"bleu": "text", "nist": "nist", "meteor": "text", "rouge1": "tex
 """Figures of written answers with any number of references, and the file that computes each."""
 CHOICE_METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 """Figures of one choice for each row."""
-METRICS = ("exact_match", *CHOICE_METRICS, *TEXT_METRICS)
+EXECUTION = "execution"
+"""The figure of written queries that needs what they are asked of, row by row."""
+METRICS = ("exact_match", *CHOICE_METRICS, *TEXT_METRICS, EXECUTION)
 """Every figure where higher is better."""
 PERPLEXITY = "perplexity"
 SETS = {"rouge": ("rouge1", "rouge2", "rougeL"), "e2e": ("bleu", "nist", "meteor", "rougeL", "cider")}
 """Names for several figures at once; e2e are those of the LoRA paper's Table 3."""
-SHARES = ("exact_match", "accuracy", "f1", "logical_form")
+SHARES = ("exact_match", "accuracy", "f1", "logical_form", EXECUTION)
 """Figures that are shares, shown in per cent."""
 
 

@@ -1,20 +1,12 @@
-"""SQL answers: the same query, however it is written; and the same result, where there is a database to ask.
+"""Logical-form accuracy of SQL answers: the same query, however it is written.
 
-    logical form   SELECT [AGG] column FROM table WHERE conditions, compared part by part: the case of words, spaces,
-                   the kind of quotes, 1 or 1.0 and the order of the conditions do not count (WikiSQL's form)
-    execution      the rows that SQLite returns, in any order; a query that fails is wrong
-
-WikiSQL's own execution accuracy needs its tables, which many copies of the data do not have.
+SELECT [AGG] column FROM table WHERE conditions is compared part by part: the case of words, spaces, the kind of quotes,
+1 or 1.0 and the order of the conditions do not count (WikiSQL's form).
 """
 
 from __future__ import annotations
 
 import re
-import sqlite3
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
-from pathlib import Path
 
 _QUERY = re.compile(r"\s*select\s+(?P<what>.+?)\s+from\s+(?P<table>\S+?)(?:\s+where\s+(?P<where>.+?))?\s*;?\s*",
                     re.IGNORECASE | re.DOTALL)
@@ -56,19 +48,6 @@ def logical_form(query: str) -> Form | None:
         conditions.add((condition["column"].lower(), operator, _value(condition["value"])))
         position = condition.end()
     return *what, found["table"].lower(), frozenset(conditions)
-
-
-def execution_accuracy(predictions: Sequence[str], references: Sequence[str], databases: Sequence[str | Path]) -> float:
-    """The share of queries that return the rows of their reference, each asked of its SQLite file, read-only."""
-    right = 0
-    for prediction, reference, database in zip(predictions, references, databases, strict=True):
-        with closing(sqlite3.connect(f"{Path(database).resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            wanted = Counter(connection.execute(reference).fetchall())
-            try:
-                right += Counter(connection.execute(prediction).fetchall()) == wanted
-            except (sqlite3.Error, sqlite3.Warning):
-                continue
-    return right / len(references)
 
 
 def _value(text: str) -> str:
