@@ -1,7 +1,8 @@
 """Open data by its path or Hub id, whatever its format.
 
 A file is one split. A folder holds one file for each split (`train.jsonl`, `valid.csv`, ...; `validation`, `dev` and
-`val` mean `valid`), or numbered shards of it (`train-00000-of-00002.parquet`).
+`val` mean `valid`), or numbered shards of it (`train-00000-of-00002.parquet`). A plain text (`train.txt`) is
+read, paragraph by paragraph, where a split has no other file.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 
 from deltaw.data.source import InMemory, Joined, Source
 from deltaw.data.tables import SPLIT_NAMES, HubTable, Parquet
-from deltaw.data.text_files import Delimited, JsonLines, open_json
+from deltaw.data.text_files import Delimited, JsonLines, Paragraphs, open_json
 from deltaw.errors import DataError, Fault, near
 
+PLAIN = ".txt"
 READERS: Mapping[str, Callable[[Path], Source]] = {
     ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": open_json,
     ".csv": lambda path: Delimited(path, ","), ".tsv": lambda path: Delimited(path, "\t"), ".parquet": Parquet,
+    PLAIN: Paragraphs,
 }
 """The reader of each file format, by the end of the name."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
@@ -108,6 +111,8 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
         names = "|".join(aliases)
         whole = [p for p in files if re.fullmatch(names, p.stem)]
         shards = [p for p in files if re.fullmatch(rf"({names})-\d+-of-\d+", p.stem)]
+        if any(p.suffix.lower() != PLAIN for p in [*whole, *shards]):  # a text beside the data says something about it
+            whole, shards = ([p for p in listed if p.suffix.lower() != PLAIN] for listed in (whole, shards))
         if len(whole) > 1 or (whole and shards):
             several = ", ".join(p.name for p in [*whole, *shards])
             faults.append(Fault(f"data '{folder}'", f"has several files for '{split}': {several}", "one"))

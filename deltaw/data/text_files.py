@@ -1,4 +1,4 @@
-"""Readers of text files: JSON Lines, a JSON list, and comma- or tab-separated tables.
+"""Readers of text files: JSON Lines, a JSON list, comma- or tab-separated tables, and plain text.
 
 Opening reads the file once from start to end, checks every row and keeps the place of each (24 bytes); the rows
 themselves stay on disk, mapped into memory by the operating system. Only a JSON list, which has no rows until all of
@@ -147,6 +147,37 @@ class Delimited(_MappedRows):
 
     def _parse(self, text: str) -> dict[str, Any]:
         return dict(zip(self.columns, next(self._reader(io.StringIO(text, newline=""))), strict=True))
+
+
+class Paragraphs(_MappedRows):
+    """Plain text: what stands between blank lines is a row with the one column `text`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        log, lines, first = FaultLog(), _Lines(self._bytes), 0
+        while True:
+            start = lines.end
+            try:
+                blank = not next(lines).strip()
+            except StopIteration:
+                break
+            except UnicodeDecodeError as error:
+                log.add(_encoding_fault(f"{path}:{lines.number}", error))
+                continue
+            if blank:
+                first = 0
+            elif first:
+                self._ends[-1] = lines.end
+            else:
+                first = lines.number
+                self._keep(start, lines.end, first)
+        log.raise_if_any()
+        if not len(self):
+            raise DataError(Fault(self.name, "holds only blank lines", "text"))
+        self.columns = ("text",)
+
+    def _parse(self, text: str) -> dict[str, Any]:
+        return {"text": text.replace("\r\n", "\n").rstrip("\n")}
 
 
 class _Lines:

@@ -38,7 +38,8 @@ class TrainConfig:
     model: str
     """The base: a Hub id, a local folder, or a GGUF file."""
     data: str
-    """Examples: a JSONL, JSON, CSV, TSV or Parquet file, a folder with train/valid/test, or a Hub data set id."""
+    """Examples: a JSONL, JSON, CSV, TSV, Parquet or plain text file, a folder with train/valid/test, or a Hub data set
+    id."""
     out: str
     """Folder to write the adapter, its checkpoints and its metrics to."""
     task: Task = "causal-lm"

@@ -59,6 +59,23 @@ def test_lines_are_counted_as_an_editor_does(tmp_path):
     assert [table.where(i).rpartition(":")[2] for i in range(5)] == ["2", "3", "4", "7", "8"]
 
 
+def test_a_plain_text_is_its_paragraphs(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_bytes("\ufeffone\r\n  two 猫\r\n\r\n \t\r\nthree\n\n\n\nfour".encode())
+    source = open_source(path)
+    assert source.columns == ("text",)
+    assert [row.values for row in source.read(0, 9)] == [{"text": "one\n  two 猫"}, {"text": "three"}, {"text": "four"}]
+    assert [source.where(i) for i in range(3)] == [f"{path}:{line}" for line in (1, 5, 9)]
+
+
+def test_a_text_beside_the_data_of_a_split_is_not_another_file_of_it(tmp_path):
+    write(tmp_path, "jsonl")
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("What this is.\n")
+    assert open_source(tmp_path).name.endswith("train.jsonl")
+    assert open_source(tmp_path, "test")[0].values == {"text": "What this is."}
+
+
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12),
                          min_size=2, max_size=2), min_size=1, max_size=8), st.sampled_from([",", "\t"]))
 def test_any_table_that_csv_writes_is_read_back(tmp_path_factory, cells, delimiter):
@@ -109,7 +126,9 @@ def test_json_lines_under_the_name_json(tmp_path):
     ("x.json", b'{"data":\n [{"a": 1}]}', "x.json", "holds one JSON object"),
     ("x.json", b"[\xff]", "x.json", "0xff"),
     ("x.parquet", b"PAR1 and nothing", "x.parquet", "not a Parquet file"),
-    ("x.txt", b"hello", "x.txt", "unknown format"),
+    ("x.md", b"hello", "x.md", "unknown format"),
+    ("x.txt", b" \n\n", "x.txt", "only blank lines"),
+    ("x.txt", b"a\n\nb\xff\n", ":3", "0xff"),
 ])
 def test_a_bad_file_is_refused_with_its_place(tmp_path, name, content, where, says):
     path = tmp_path / name
