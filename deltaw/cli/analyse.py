@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltaw.cli.build import build
 from deltaw.cli.main import VERBS
-from deltaw.cli.models import METAVARS, ModelOptions, is_classifier, open_model, read_adapter, recorded_base
+from deltaw.cli.models import (
+    METAVARS,
+    ModelOptions,
+    is_classifier,
+    mismatches,
+    open_model,
+    read_adapter,
+    read_tuned,
+    recorded_base,
+)
 from deltaw.cli.options import add_options, given
 from deltaw.cli.output import print_json, print_table, say
 from deltaw.cli.parser import Parser, UsageError
@@ -18,17 +27,19 @@ from deltaw.errors import AdapterFileError, ConfigError, DeltawError, Fault
 
 if TYPE_CHECKING:
     from deltaw.analyse import Analysis, BaseWeights
+    from deltaw.baselines import SavedBaseline
     from deltaw.core import Adapter
     from deltaw.train.forgetting import Forgetting
 
 EPILOG = """\
 Sizes, spectra and what adapters have in common need no base. With --model its weights are read too, one by one:
 amplification, W's own directions, intruder dimensions. With --data the model is run on that text, to see what it
-forgot.
+forgot; this takes the folders of other methods too, full fine-tuning's beside LoRA's.
 
   deltaw analyse adapters/r8 adapters/r64 --out analysis.html
   deltaw analyse adapters/mine --model my/base --out analysis.html
   deltaw analyse adapters/mine --model my/base --data general.jsonl --json
+  deltaw analyse runs/lora runs/full --data general.txt
 """
 
 
@@ -37,7 +48,7 @@ class AnalyseOptions(ModelOptions):
     """What to look at."""
 
     data: str | None = None
-    """General text, rows with a `text` column: the base's loss on it with and without each adapter."""
+    """General text, a .txt file or rows with a `text` column: the base's loss on it with and without each adapter."""
     eval_rows: int | None = 100
     """Rows of that text, the first ones; none for all."""
     max_length: int | None = None
@@ -91,13 +102,15 @@ def run(options: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(config.threads)
-    adapters = read_adapters(paths)
+    adapters = read_all(paths, others=config.data is not None)
     from deltaw.analyse import analyse, findings
+    from deltaw.core import Adapter
     from deltaw.report.analysis import analysis_page, describe_forgetting
     from deltaw.report.page import write_page
 
-    weights = open_bases(config, adapters)
-    found = analyse(adapters, weights, sites=config.sites, top=config.top, epsilon=config.epsilon, seed=config.seed,
+    low_rank = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, Adapter)}
+    weights = open_bases(config, low_rank)
+    found = analyse(low_rank, weights, sites=config.sites, top=config.top, epsilon=config.epsilon, seed=config.seed,
                     progress=_progress)
     probed = probe(config, adapters)
     text = Path(config.data).name if config.data else ""
@@ -110,12 +123,16 @@ def run(options: argparse.Namespace) -> None:
         show(found, said, written)
 
 
-def read_adapters(paths: Sequence[str]) -> dict[str, Adapter]:
-    """The adapters by the parts of their paths that tell them apart. All faults at once."""
-    read, faults = dict[str, "Adapter"](), list[Fault | str]()
+def read_all(paths: Sequence[str], *, others: bool) -> dict[str, Adapter | SavedBaseline]:
+    """The adapters by the parts of their paths that tell them apart, and with `others` what other methods saved.
+
+    All faults at once.
+    """
+    read, faults = dict[str, "Adapter | SavedBaseline"](), list[Fault | str]()
     for path in dict.fromkeys(paths):
         try:
-            read[path] = read_adapter(path)
+            read[path] = read_tuned(path) if others else read_adapter(path, "--data TEXT measures what it forgot; "
+                                                                      "what it changes is no product of factors")
         except AdapterFileError as error:
             faults += error.faults
     if faults:
@@ -155,8 +172,8 @@ def open_bases(config: AnalyseOptions, adapters: Mapping[str, Adapter]) -> dict[
     return found
 
 
-def probe(config: AnalyseOptions, adapters: Mapping[str, Adapter]) -> tuple[Forgetting, ...]:
-    """The loss on general text without and with each adapter; nothing without --data."""
+def probe(config: AnalyseOptions, adapters: Mapping[str, Adapter | SavedBaseline]) -> tuple[Forgetting, ...]:
+    """The loss on general text without anything and with each of these; nothing without --data."""
     if config.data is None:
         return ()
     if classifiers := [Fault(f"adapter '{name}'", "was trained to choose labels", "an adapter that writes text",
@@ -165,19 +182,19 @@ def probe(config: AnalyseOptions, adapters: Mapping[str, Adapter]) -> tuple[Forg
     from deltaw.data import load_data
     from deltaw.train.forgetting import measure_forgetting
 
-    # The board's own names hold no dots and slashes, which names of folders may.
-    boarded = {f"adapter{number}": adapter for number, adapter in enumerate(adapters.values())}
-    say(f"running {config.model or recorded_base(adapters)} on {config.data}")
-    opened = open_model(config, boarded)
-    limit = opened.base.max_positions
-    text = load_data(config.data, tokenizer=opened.base.tokenizer, task="causal-lm", columns={"text": "text"},
+    source = config.model or recorded_base(adapters)
+    say(f"running {source} on {config.data}")
+    base = open_model(replace(config, model=source), {}).base
+    for name, adapter in adapters.items():
+        for line in mismatches(adapter, base):
+            say(f"warning: '{name}': {line}")
+    limit = base.max_positions
+    if limit is not None:  # the same text for all: it leaves room for tokens that a method puts before it
+        limit -= max(getattr(adapter, "takes_positions", 0) for adapter in adapters.values())
+    text = load_data(config.data, tokenizer=base.tokenizer, task="causal-lm", columns={"text": "text"},
                      max_length=config.max_length or min(512, limit or 512), model_limit=limit, train_on="all")
-    assert opened.board is not None
-    found = measure_forgetting(opened.board, opened.base.model, opened.base.tokenizer, text, list(boarded),
-                               rows=config.eval_rows)
-    from dataclasses import replace
-
-    return tuple(replace(row, adapter=name) for row, name in zip(found, adapters, strict=True))
+    return measure_forgetting(base.model, base.tokenizer, text, adapters, rows=config.eval_rows,
+                              any_base=config.any_base)
 
 
 def show(found: Analysis, said: Sequence[str], page: Path | None) -> None:
@@ -188,8 +205,9 @@ def show(found: Analysis, said: Sequence[str], page: Path | None) -> None:
              f"{median(x.effective_rank for x in s.sites):.1f}" if s.sites else "–",
              f"{median(x.factor for x in s.against_base):.3g}" if s.against_base else "–",
              str(sum(i.count for i in s.intruders)) if s.intruders else "–"] for s in found.adapters]
-    print_table("ratios at the median site", ["", "rank", "sites", "parameters", "‖ΔW‖", "effective rank",
-                                              "amplification", "intruders"], rows)
+    if rows:
+        print_table("ratios at the median site", ["", "rank", "sites", "parameters", "‖ΔW‖", "effective rank",
+                                                  "amplification", "intruders"], rows)
     for sentence in said:
         print(f"- {sentence}")
     if page is not None:

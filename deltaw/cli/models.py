@@ -82,14 +82,14 @@ class Opened:
             raise StateError(Fault("use", "no adapter is attached", "at least one", "Add one first"))
 
 
-def read_adapter(path: str) -> Adapter:
-    """The adapter in a folder or of a Hub id."""
+def read_adapter(path: str, remedy: str = "`deltaw eval` and `deltaw generate` take it") -> Adapter:
+    """The adapter in a folder or of a Hub id; `remedy` is what to do with another method's folder."""
     from deltaw import baselines, store
 
     if baselines.is_baseline(path):
         method = baselines.read(path).recipe.method
         raise AdapterFileError(Fault(path, f"was trained with method {method}", "an adapter of method lora",
-                                     "`deltaw eval` and `deltaw generate` take it"))
+                                     remedy))
     return store.load(path)
 
 

@@ -23,7 +23,7 @@ _SIDES = {"A": "A: right singular vectors", "B": "B: left singular vectors", "in
 def analysis_page(analysis: Analysis, forgetting: Sequence[Forgetting] = (), text: str = "") -> str:
     """The page as text; `text` names what forgetting was measured on."""
     said = findings(analysis)
-    names = [study.name for study in analysis.adapters]
+    names = [study.name for study in analysis.adapters] or [row.adapter for row in forgetting]
     title = f"What {' and '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)} change"
     lead = "ΔW = s·BA at every site, from the factors alone. Base: " + (
         next((study.base for study in analysis.adapters if study.base), "") or "not recorded")

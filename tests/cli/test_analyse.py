@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from deltaw.cli.analyse import short_names
 from tests.cli.conftest import write_rows
 
@@ -27,6 +29,62 @@ def test_two_adapters_their_base_and_what_they_forgot(adapters: dict[str, Path],
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for heading in ("At a glance", "Where the change is", "have in common", "ΔW against W", "Intruder", "Forgetting"):
         assert heading in page, heading
+
+
+def plain_loss(base: Path, tensors: Path | None, text: str) -> float:
+    """The mean loss of a token in plain transformers, with these weights in the place of the base's."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if tensors is not None:
+        model.load_state_dict(load_file(tensors))
+    ids = AutoTokenizer.from_pretrained(base)(text + " <|im_end|>", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_what_full_fine_tuning_forgot_stands_beside_lora(adapters: dict[str, Path], base: Path, rows: Path,
+                                                         tmp_path: Path, deltaw: Run) -> None:
+    for method in ("full", "preembed"):
+        code, _, err = deltaw("train", "--model", base, "--data", rows, "--out", tmp_path / method, "--method", method,
+                              "--max-steps", 4, "--learning-rate", 0.01, "--eval-rows", 4, "--device", "cpu",
+                              "--samples", 0, "--no-report")
+        assert code == 0, err
+    (tmp_path / "general.txt").write_text("the sky is blue\nthe sea is green\n\nhello world\n")
+    command = ["analyse", tmp_path / "full", adapters["no"], tmp_path / "preembed", "--data", tmp_path / "general.txt",
+               "--dtype", "fp32"]
+    code, out, err = deltaw(*command, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [study["name"].split("/")[-1] for study in found["adapters"]] == ["no"]
+    probed = {row["adapter"].split("/")[-1]: row for row in found["forgetting"]}
+    assert list(probed) == ["full", "no", "preembed"]
+    assert len({row["before"] for row in probed.values()}) == 1
+    assert all(row["after"] != row["before"] for row in probed.values())
+    texts = {"the sky is blue\nthe sea is green": 9, "hello world": 3}  # tokens with the one that ends a text
+    for field, tensors in (("before", None), ("after", tmp_path / "full" / "tuning.safetensors")):
+        sums = [plain_loss(base, tensors, text) * (tokens - 1) for text, tokens in texts.items()]
+        assert probed["full"][field] == pytest.approx(sum(sums) / (sum(texts.values()) - len(texts)), abs=1e-5)
+
+
+def test_another_method_alone_has_a_page_of_what_it_forgot(base: Path, rows: Path, tmp_path: Path, deltaw: Run) -> None:
+    code, _, err = deltaw("train", "--model", base, "--data", rows, "--out", tmp_path / "run", "--method", "head",
+                          "--max-steps", 2, "--eval-rows", 4, "--device", "cpu", "--samples", 0, "--no-report")
+    assert code == 0, err
+    (tmp_path / "general.txt").write_text("hello world\n")
+    code, out, err = deltaw("analyse", tmp_path / "run", "--data", tmp_path / "general.txt", "--out",
+                            tmp_path / "page.html")
+    assert code == 0, err
+    assert "With run the loss on general.txt goes from" in out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "What run change" in page
+    assert "Loss on general.txt" in page
+    code, _, err = deltaw("analyse", tmp_path / "run")
+    assert code == 1
+    assert "was trained with method head" in err
+    assert "--data TEXT" in err
 
 
 def test_one_adapter_without_a_base(adapters: dict[str, Path], deltaw: Run) -> None:
