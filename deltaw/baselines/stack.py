@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from deltaw.errors import Fault, TargetError
 from deltaw.inject.blocks import computes, named_layers
 
+_TAKES = {"attention_mask", "inputs_embeds"}
+
+
+class _Reached(Exception):
+    """The forward has come to the body."""
+
 
 class Stack:
     """The body below a model's heads."""
@@ -21,7 +27,7 @@ class Stack:
         if not hasattr(model, "base_model") or config is None:
             raise TargetError(Fault(f"method {method}", f"{where} is not a model of transformers",
                                     "one with word embeddings and attention"))
-        self.body: Any = model.base_model
+        self.body: Any = _body(model.base_model)
         self.config: Any = config.get_text_config()
         self.named = named_layers(self.body)
         self.layers = [layer for _, layer in self.named]
@@ -29,26 +35,35 @@ class Stack:
         if getattr(self.config, "is_encoder_decoder", False) or not self.layers:
             raise TargetError(Fault(f"method {method}", f"{where} is not one stack of layers",
                                     "an encoder or a decoder"))
-        if not getattr(self.config, "num_attention_heads", None) or not {"attention_mask", "inputs_embeds"} <= accepts:
+        if not getattr(self.config, "num_attention_heads", None) or not accepts >= _TAKES:
             raise TargetError(Fault(f"method {method}", f"{where} has no attention over embedded tokens",
                                     "a network whose tokens attend to trained ones"))
+        self.embedding: nn.Module = model.base_model.get_input_embeddings()
+        if not self._is_reached_by(model):
+            body = type(self.body).__name__
+            raise TargetError(Fault(f"method {method}", f"{where} computes without calling its {body}, where trained "
+                                    "tokens would join a row", "a model that calls it"))
         self.takes_cache = "past_key_values" in accepts
         self.is_causal = any(getattr(m, "is_causal", False) is True for m in self.layers[0].modules())
 
     @property
     def width(self) -> int:
         """d: channels of the word embeddings."""
-        return int(self.body.get_input_embeddings().weight.shape[1])
+        return int(self.words.shape[1])
 
     @property
     def device(self) -> torch.device:
         """Where the word embeddings are."""
-        device: torch.device = self.body.get_input_embeddings().weight.device
-        return device
+        return self.words.device
+
+    @property
+    def words(self) -> Tensor:
+        """The word embeddings, (V, d)."""
+        return self.embedding.get_parameter("weight")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Word embeddings as the body looks them up."""
-        embedded: Tensor = self.body.get_input_embeddings()(ids)
+        embedded: Tensor = self.embedding(ids)
         return embedded
 
     def readers(self) -> list[nn.Module]:
@@ -73,8 +88,7 @@ class Stack:
     def random_words(self, count: int, seed: int) -> Tensor:
         """Tokens drawn from the vocabulary, (1, count)."""
         generator = torch.Generator().manual_seed(seed)
-        rows = int(self.body.get_input_embeddings().weight.shape[0])
-        return torch.randint(rows, (1, count), generator=generator).to(self.device)
+        return torch.randint(len(self.words), (1, count), generator=generator).to(self.device)
 
     def activations_of_words(self, count: int, seed: int, *, layers: bool) -> list[Tensor]:
         """What enters the first layer's embedding, or each layer, when the network reads `count` random words.
@@ -87,6 +101,21 @@ class Stack:
         with torch.no_grad():
             first = self.embed(words)[0].float().clone()
             return [first, *self._entering(words)[1:]] if layers else [first]
+
+    def _is_reached_by(self, model: nn.Module) -> bool:
+        """Whether the model's own forward calls the body; it goes no further than there."""
+        def stop(*_: Any) -> None:
+            raise _Reached
+
+        handle = self.body.register_forward_pre_hook(stop)
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        except _Reached:
+            return True
+        finally:
+            handle.remove()
+        return False
 
     def _entering(self, words: Tensor) -> list[Tensor]:
         """What enters each layer, (T, d)."""
@@ -104,3 +133,18 @@ class Stack:
             for handle in handles:
                 handle.remove()
         return seen
+
+
+def _body(model: Any) -> Any:
+    """What embedded tokens are given to: the innermost module around the layers that takes them.
+
+    That is mostly the model without its heads; OPT's head calls the decoder inside that.
+    """
+    layers = named_layers(model)
+    path = layers[0][0] if layers else ""
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path) if path else model
+        if not isinstance(module, nn.ModuleList) and set(inspect.signature(module.forward).parameters) >= _TAKES:
+            return module
+    return model

@@ -3,7 +3,7 @@
 Everything is found by structure: the largest list of modules of one type holds the blocks; of a block's parts with
 linear layers the first is its attention and the last its MLP. Where a norm follows the residual sum inside such a part
 (BERT, RoBERTa, DeBERTa, MPNet) the result is what is added there, else (Llama, GPT-2, Qwen, Gemma) it is the part's
-output.
+output. The residual stream is as wide as the outermost norm of a block.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         if len(parts) < 2:
             raise TargetError(Fault(f"{where}, layer '{name}'", f"has {len(parts)} part with weight matrices",
                                     "an attention and an MLP"))
-        width = _outputs(_last(parts[0][1])[1])
+        width = _norm_width(layer) or _outputs(_last(parts[0][1])[1])
         blocks.append(Block(name, layer, width, _result(name, *parts[0], width), _result(name, *parts[-1], width)))
     return blocks
 
@@ -85,6 +85,19 @@ def is_norm(module: nn.Module, width: int) -> bool:
     """Whether a module is a norm over `width` channels: a vector of gains, perhaps one of shifts, and nothing else."""
     own = dict(module.named_parameters())
     return "weight" in own and set(own) <= {"weight", "bias"} and all(tuple(p.shape) == (width,) for p in own.values())
+
+
+def _norm_width(layer: nn.Module) -> int:
+    """The channels of the layer's outermost norm, of which those inside attention may be narrower; 0 without one.
+
+    The order in which linear layers are declared says nothing: Phi-3's attention has its fused q, k, v last.
+    """
+    depths: dict[int, int] = {}
+    for name, module in layer.named_modules():
+        gains = module._parameters.get("weight")
+        if gains is not None and gains.dim() == 1 and is_norm(module, gains.numel()):
+            depths.setdefault(name.count("."), gains.numel())
+    return depths[min(depths)] if depths else 0
 
 
 def _result(block: str, key: str, part: nn.Module, width: int) -> Result:

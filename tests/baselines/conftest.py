@@ -11,8 +11,8 @@ import torch
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
-DECODERS = ("llama", "qwen2", "gemma2", "gpt2")
-ENCODERS = ("bert", "roberta", "deberta", "mpnet")
+DECODERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "phi3")
+ENCODERS = ("bert", "roberta", "deberta", "deberta-conv", "deberta-v1", "mpnet")
 FAST = ("llama", "gpt2", "bert")
 """The families that every run of the tests looks at; the others are looked at with the slow tests."""
 
@@ -39,16 +39,28 @@ def build(family: str, seed: int = 0, **fields: Any) -> Any:
     deberta = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16,
                "share_att_key": True, "position_biased_input": False,
                "norm_rel_ebd": "layer_norm", "pooler_hidden_size": 32}
+    opt = {**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    gemma = {**SMALL, **GROUPED, "sliding_window": 64}
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "llama": (t.LlamaForCausalLM, t.LlamaConfig, {**SMALL, **GROUPED}),
         "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config, {**SMALL, "num_key_value_heads": 2}),
-        "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, {**SMALL, **GROUPED, "sliding_window": 64}),
+        "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config, {**SMALL, **GROUPED}),
+        "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, gemma),
+        "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig, gemma),
+        "opt": (t.OPTForCausalLM, t.OPTConfig, {**opt, "init_std": 0.2}),
+        "phi3": (t.Phi3ForCausalLM, t.Phi3Config, {**SMALL, "num_key_value_heads": 2, "bos_token_id": 1,
+                                                   "eos_token_id": 2}),
         "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
                                                    "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
                                                    "pad_token_id": 0}),
         "bert": (t.BertForSequenceClassification, t.BertConfig, encoder),
         "roberta": (t.RobertaForSequenceClassification, t.RobertaConfig, encoder),
         "deberta": (t.DebertaV2ForSequenceClassification, t.DebertaV2Config, {**encoder, **deberta}),
+        "deberta-conv": (t.DebertaV2ForSequenceClassification, t.DebertaV2Config,
+                         {**encoder, **deberta, "type_vocab_size": 0, "conv_kernel_size": 3, "conv_act": "gelu"}),
+        "deberta-v1": (t.DebertaForSequenceClassification, t.DebertaConfig,
+                       {**encoder, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                        "pooler_hidden_size": 32}),
         "mpnet": (t.MPNetForSequenceClassification, t.MPNetConfig, encoder),
     }
     model, config, small = kinds[family]

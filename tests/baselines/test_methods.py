@@ -22,8 +22,11 @@ from deltaw.train.state import Pace
 from tests.baselines.conftest import DECODERS, ENCODERS, FAST, OPTIONS, families
 
 FAMILIES = DECODERS + ENCODERS
-NOT_THERE = {("bitfit", "llama"), ("bitfit", "gemma2"), ("head", "gemma2"), ("head", "gpt2")}
-CASES = [pytest.param(method, family, marks=() if family in FAST else pytest.mark.slow)
+NOT_THERE = {("bitfit", family) for family in ("llama", "qwen3", "gemma2", "gemma3", "phi3")} | {
+    ("head", family) for family in ("gemma2", "gemma3", "gpt2", "opt")}
+ALSO_FAST = {("preembed", "opt"), ("adapter-h", "phi3"), ("lora", "deberta-v1")}
+"""The decoder is inside the body; attention's widest layer comes last; an output is changed in place."""
+CASES = [pytest.param(method, family, marks=() if family in FAST or (method, family) in ALSO_FAST else pytest.mark.slow)
          for method in TAKEN for family in FAMILIES if (method, family) not in NOT_THERE]
 
 
@@ -124,10 +127,36 @@ def test_the_results_of_a_block_are_found_in_each_family(tiny: Callable[..., Any
               for family, b in found.items()}
     bert = ("attention.output.dropout", "output.dropout", "LayerNorm")
     assert places == {
-        "llama": ("self_attn", "mlp", ""), "qwen2": ("self_attn", "mlp", ""), "gemma2": ("self_attn", "mlp", ""),
-        "gpt2": ("attn", "mlp", ""), "bert": bert, "roberta": bert, "deberta": bert,
+        **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"), ("self_attn", "mlp", "")),
+        "gpt2": ("attn", "mlp", ""), "opt": ("self_attn", "fc2", ""),
+        **dict.fromkeys(("bert", "roberta", "deberta", "deberta-conv", "deberta-v1"), bert),
         "mpnet": ("attention.dropout", "output.dropout", "LayerNorm")}
     assert {b.width for b in found.values()} == {32}
+
+
+def test_the_stream_is_as_wide_as_the_norms_and_not_as_what_attention_declares_last() -> None:
+    import transformers as t
+
+    with torch.device("meta"):
+        phi3 = t.Phi3ForCausalLM(t.Phi3Config(num_hidden_layers=2))
+    assert list(dict(phi3.model.layers[0].self_attn.named_children()))[-1] == "qkv_proj"
+    assert {block.width for block in find_blocks(phi3)} == {3072}
+
+
+@pytest.mark.parametrize("method", ["preembed", "prelayer", "lora+pl"])
+def test_a_model_that_goes_round_its_body_is_refused(method: str, tiny: Callable[..., Any]) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Round(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+            return self.lm_head(self.model.norm(self.model.embed_tokens(input_ids)))
+
+    model = Round(tiny("llama").config)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(TargetError, match="Round computes without calling its LlamaModel"):
+        put_on(method, model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_forgetting_the_base_is_final(tiny: Callable[..., Any]) -> None:
