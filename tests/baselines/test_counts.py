@@ -81,12 +81,21 @@ GLUE_ROWS = [  # Table 2, heads left out
 GPT3_ROWS = [  # Tables 4 and 15
     ("gpt3", "full", {}, 174_604_259_328, "175,255.8M: the formula of GPT-2's architecture gives 0.4 % less"),
     ("gpt3", "bitfit", {}, 12_988_416, "14.2M: as many as 12·d a layer, where there are 11·d of biases"),
+    ("gpt3", "preembed", {"prefix_tokens": 32, "infix_tokens": 8}, 491_520, "0.4M, which d·(l_p + l_i) rounds to 0.5M"),
+    ("gpt3", "preembed", {"prefix_tokens": 64, "infix_tokens": 8}, 884_736, "0.9M"),
+    ("gpt3", "preembed", {"prefix_tokens": 128, "infix_tokens": 8}, 1_671_168, "1.7M"),
     ("gpt3", "preembed", {"prefix_tokens": 256, "infix_tokens": 8}, 3_244_032, "3.2M"),
-    ("gpt3", "prelayer", {"prefix_tokens": 8, "infix_tokens": 8}, 18_874_368, "20.2M: L·d·(l_p + l_i) is 7 % less"),
+    ("gpt3", "preembed", {"prefix_tokens": 512, "infix_tokens": 8}, 6_389_760, "6.4M"),
+    ("gpt3", "prelayer", {"prefix_tokens": 2, "infix_tokens": 2}, 4_718_592, "5.1M: L·d·(l_p + l_i) is 7 % less"),
+    ("gpt3", "prelayer", {"prefix_tokens": 8, "infix_tokens": 0}, 9_437_184, "10.1M: 7 % less"),
+    ("gpt3", "prelayer", {"prefix_tokens": 8, "infix_tokens": 8}, 18_874_368, "20.2M: 7 % less"),
+    ("gpt3", "prelayer", {"prefix_tokens": 32, "infix_tokens": 4}, 42_467_328, "44.1M: 4 % less"),
+    ("gpt3", "prelayer", {"prefix_tokens": 64, "infix_tokens": 0}, 75_497_472, "76.1M: 1 % less"),
     ("gpt3", "adapter-h", {"bottleneck": 1}, 7_078_080, "7.1M"),
     ("gpt3", "adapter-h", {"bottleneck": 4}, 21_234_432, "21.2M"),
     ("gpt3", "adapter-h", {"bottleneck": 8}, 40_109_568, "40.1M"),
     ("gpt3", "adapter-h", {"bottleneck": 16}, 77_859_840, "77.9M"),
+    ("gpt3", "adapter-h", {"bottleneck": 64}, 304_361_472, "304.4M"),
 ]
 
 
@@ -104,9 +113,15 @@ LORA_ROWS = [
      "of Table 10"),
     ("gpt3", attention(1, "q-v"), 4_718_592, "4.7M"),
     ("gpt3", attention(2, "--v"), 4_718_592, "4.7M"),
+    ("gpt3", attention(2, "q-v"), 9_437_184, "9.4M"),
+    ("gpt3", attention(4, "q-v"), 18_874_368, "18.8M, cut and not rounded; 18M in Table 5"),
     ("gpt3", attention(8, "q-v"), 37_748_736, "37.7M"),
-    ("gpt3", attention(64, "q-v"), 301_989_888, "301.9M"),
+    ("gpt3", attention(64, "q-v"), 301_989_888, "301.9M, cut and not rounded"),
     ("gpt3", attention(8, "q--"), 18_874_368, "18M, Table 5"),
+    ("gpt3", attention(8, "-k-"), 18_874_368, "18M, Table 5"),
+    ("gpt3", attention(8, "--v"), 18_874_368, "18M, Table 5"),
+    ("gpt3", LoraConfig(r=8, target_modules=r".*\.attn\.c_proj"), 18_874_368, "18M, Table 5: Wo"),
+    ("gpt3", attention(4, "qk-"), 18_874_368, "18M, Table 5"),
 ]
 
 
@@ -116,21 +131,35 @@ def test_the_papers_rows_of_lora(name: str, lora: LoraConfig, expected: int, pri
 
 
 def test_lora_on_all_four_matrices_of_gpt3() -> None:
-    """Table 5's last column and Table 4's second row: 18.9M at r = 2, 37.7M at r = 4."""
-    for r, expected in ((2, 18_874_368), (4, 37_748_736)):
+    """Tables 4, 5 and 15: 9.4M, 18.8M (18M in Table 5), 37.7M and 603.8M, which is 604.0M.
+
+    Appendix D.4 says r = 2 for 37.7M, which is r = 4.
+    """
+    for r, expected in ((1, 9_437_184), (2, 18_874_368), (4, 37_748_736), (64, 603_979_776)):
         lora = LoraConfig(r=r, target_modules=r".*\.attn\.c_(attn|proj)", target_slices={"c_attn": "qkv"})
         assert count("gpt3", "lora", lora) == expected
 
 
 def test_lora_with_trained_tokens_adds_up() -> None:
-    """Table 15: l_p = 8, l_i = 4 beside r_q = r_v = 8; 37.8M with PreEmbed, and 52.8M with PreLayer, for 51.9M here."""
+    """Table 15: l_p = 8, l_i = 4 beside r_q = r_v = 8, 32 and 64; 37.8M, 151.1M and 302.1M with PreEmbed.
+
+    52.8M is printed with PreLayer at r = 8, for 51.9M here: more than L·d·(l_p + l_i), as in PreLayer's own rows.
+    """
     tokens = {"prefix_tokens": 8, "infix_tokens": 4}
     assert count("gpt3", "lora+pe", attention(8, "q-v"), **tokens) == 37_748_736 + 12 * 12288 == 37_896_192
+    assert count("gpt3", "lora+pe", attention(32, "q-v"), **tokens) == 151_142_400
+    assert count("gpt3", "lora+pe", attention(64, "q-v"), **tokens) == 302_137_344
     assert count("gpt3", "lora+pl", attention(8, "q-v"), **tokens) == 37_748_736 + 96 * 12 * 12288 == 51_904_512
 
 
-def test_deberta_xxl_has_one_and_a_half_billion() -> None:
-    assert count("deberta-xxl", "full") == pytest.approx(1.5e9, rel=0.05)
+def test_deberta_xxl_is_the_sum_of_its_parts() -> None:
+    """Table 2 prints 1500.0M for 1,564.5M: the number of the published model is said as 1.5B."""
+    d, f, layers, vocabulary, buckets, kernel = 1536, 6144, 48, 128_100, 256, 3
+    norm, square = 2 * d, d * d + d
+    layer = 4 * square + norm + (d * f + f) + (f * d + d) + norm  # q, k, v, output; positions share q's and k's
+    embeddings = vocabulary * d + norm  # no positions of words, no types
+    encoder = layers * layer + 2 * buckets * d + norm + kernel * d * d + d + norm  # distances, convolution
+    assert count("deberta-xxl", "full") == embeddings + encoder == 1_564_549_632
 
 
 @pytest.mark.parametrize(("method", "options", "norms"), [("adapter-h", {"bottleneck": 8}, 2 * 24)])
