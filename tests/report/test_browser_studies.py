@@ -84,10 +84,10 @@ def test_a_click_sorts_by_the_value_and_another_turns_it_round(opened: tuple[Any
     click = find + COLUMN + "table.tHead.rows[0].cells[at].querySelector('button').click();"
     first = find + "return [...table.tBodies[0].rows].map(row => row.cells[0].innerText.trim())"
     by_count = sorted(ARMS[kind], key=lambda arm: ARMS[kind][arm])
-    browser.execute_script(click)
-    assert browser.execute_script(first) == by_count[::-1]
-    browser.execute_script(click)
-    assert browser.execute_script(first) == by_count
+    for expected in (by_count[::-1], by_count):
+        browser.execute_script(click)
+        arms = [arm for arm in browser.execute_script(first) if arm in ARMS[kind]]  # others have nothing to sort by
+        assert arms == expected
 
 
 def test_it_follows_the_readers_scheme_and_stays_readable(opened: tuple[Any, str]) -> None:
