@@ -7,7 +7,8 @@ from collections.abc import Callable
 from deltaw.bases.sources import find_base
 from deltaw.compare.config import StudyConfig
 from deltaw.data import find_layout, judged_split, open_source
-from deltaw.errors import DeltawError, Fault
+from deltaw.errors import DataError, DeltawError, Fault
+from deltaw.train.metrics import EXECUTION
 
 
 def check_inputs(config: StudyConfig) -> None:
@@ -33,4 +34,9 @@ def check_inputs(config: StudyConfig) -> None:
 
 
 def _check_data(config: StudyConfig, source: str, split: str) -> None:
-    find_layout(open_source(source, split), config.train.columns or None, task=config.train.task)
+    layout = find_layout(open_source(source, split), config.train.columns or None, task=config.train.task)
+    judges = source == (config.test or config.train.data)
+    if judges and EXECUTION in config.train.metrics and not {"database", "table"} & set(layout.columns):
+        raise DataError(Fault(source, "names nothing that the queries can be asked of",
+                              "a column 'database' with an SQLite file, or 'table' with a header and rows",
+                              "The figure execution needs one; other columns: columns database=NAME or table=NAME"))

@@ -43,3 +43,13 @@ def test_every_missing_thing_is_told_at_once_and_nothing_is_begun(tmp_path: Path
 def test_data_of_another_form_is_refused(tmp_path: Path, base: str, rows: str) -> None:
     with pytest.raises(DataError, match="label"):
         check_inputs(config(tmp_path, base, rows, task="seq-cls"))
+
+
+def test_queries_that_can_be_asked_of_nothing_are_refused_where_they_are_judged(tmp_path: Path, base: str,
+                                                                                 rows: str) -> None:
+    table = {"header": ["a"], "rows": [[1]]}
+    asked = str(write_rows(tmp_path / "asked.jsonl", [
+        {"prompt": "all ?", "completion": "select a from table", "table": table}] * 2))
+    check_inputs(config(tmp_path, base, rows, asked, metrics=("execution",)))
+    with pytest.raises(DataError, match="a column 'database'"):
+        check_inputs(config(tmp_path, base, asked, rows, metrics=("execution",)))
