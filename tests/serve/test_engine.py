@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.serve.request import Event, SamplingParams
+from deltaw.serve.request import EngineStopped, Event, SamplingParams
 from deltaw.serve.service import Service, open_service
 from tests.serve.conftest import config, tokens_of, write_adapter
 
@@ -162,16 +162,74 @@ def test_cancelled_requests_free_their_places(service: Service) -> None:
     assert all(not entry.pins for entry in service.engine.pool._by_number.values())
 
 
-def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(service: Service, base_folder: Path,
-                                                                tmp_path: Path) -> None:
-    broken = write_adapter(base_folder, tmp_path / "broken", 5, r=2, target_modules=["q_proj"])
-    (broken / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
-    service.engine.call(lambda: service.engine.pool.register("broken", broken)).result(10)
-    bad, good = ask(service, "hello", {"broken": 1.0}), ask(service, "hello", {"small": 1.0})
-    assert bad.finish == "error"
-    assert bad.events[-1].refused
-    assert good.finish == "length"
-    assert ask(service, "hello", {"broken": 1.0}).finish == "error"
+@pytest.fixture
+def broken(base_folder: Path, tmp_path: Path) -> Path:
+    """An adapter whose tensors are none."""
+    folder = write_adapter(base_folder, tmp_path / "broken", 5, r=2, target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    return folder
+
+
+@pytest.mark.parametrize("auto_merge", [0.0, 1e-9])
+def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(auto_merge: float, base_folder: Path, broken: Path,
+                                                                adapter_folders: dict[str, Path]) -> None:
+    """With merging too, which reads an adapter the second time that it is asked for alone."""
+    with open_service(config(base_folder, auto_merge=auto_merge), {**adapter_folders, "broken": broken}) as service:
+        for _ in range(3):
+            bad = ask(service, "hello", {"broken": 1.0})
+            assert bad.finish == "error"
+            assert bad.events[-1].refused
+        bad, good = ask(service, "hello", {"broken": 1.0}), ask(service, "hello", {"small": 1.0})
+        assert (bad.finish, good.finish) == ("error", "length")
+        assert service.engine.alive
+
+
+def test_a_fault_that_nobody_foresaw_ends_what_is_open_and_no_more(service: Service,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = service.engine.scheduler.plan
+
+    def fails_once(admits: Any) -> Any:
+        monkeypatch.setattr(service.engine.scheduler, "plan", plan)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(service.engine.scheduler, "plan", fails_once)
+    assert ask(service, "hello", {"small": 1.0}).finish == "error"
+    assert ask(service, "hello", {"small": 1.0}).finish == "length"
+
+
+def test_a_listener_that_fails_ends_its_own_answer_alone(service: Service) -> None:
+    def deaf(event: Event) -> None:
+        raise RuntimeError("the loop is closed")
+
+    service.submit(tokens_of("hello"), {}, GREEDY, [deaf]).result(10)
+    assert ask(service, "hello", {"small": 1.0}).finish == "length"
+    assert service.engine.call(lambda: service.engine.scheduler.idle).result(10)
+    assert service.engine.counters.finished == {"cancelled": 1, "length": 1}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's, made to fail
+def test_an_engine_whose_thread_has_ended_refuses_at_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("a bug that ends the thread")
+
+    monkeypatch.setattr(service.engine.scheduler, "plan", fails)
+    monkeypatch.setattr(service.engine.scheduler, "remove", fails)
+    assert ask(service, "hello", {}).finish == "error"
+    service.engine._thread.join(10)
+    assert not service.ready
+    with pytest.raises(EngineStopped):
+        service.submit(tokens_of("hello"), {}, GREEDY, [Listener()]).result(10)
+
+
+def test_a_result_that_is_cancelled_is_not_made(service: Service) -> None:
+    begun, go = threading.Event(), threading.Event()
+    service.engine.call(lambda: (begun.set(), go.wait(30)))
+    assert begun.wait(30)
+    listener = Listener()
+    assert service.submit(tokens_of("hello"), {}, GREEDY, [listener]).cancel()
+    go.set()
+    assert ask(service, "hello", {"small": 1.0}).finish == "length"
+    assert not listener.events
 
 
 @pytest.mark.parametrize("build", ["gpt2", "mamba", "opt"])

@@ -134,6 +134,23 @@ def test_a_full_queue_and_a_time_limit(base_folder: Path) -> None:
         wait_until_idle(service)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's, made to fail
+def test_without_an_engine_every_request_is_refused_at_once(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = config(base_folder, allow_runtime_loading=True, adapter_root=str(base_folder.parent))
+    with open_service(runtime, {}) as service, live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
+        def fails(*_: object) -> None:
+            raise KeyError("a bug that ends the thread")
+
+        monkeypatch.setattr(service.engine.scheduler, "plan", fails)
+        monkeypatch.setattr(service.engine.scheduler, "remove", fails)
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 500
+        service.engine._thread.join(30)
+        for path, asked in (("/v1/chat/completions", CHAT), ("/v1/chat/completions", CHAT | {"stream": True}),
+                            ("/v1/unload_lora_adapter", {"lora_name": "x"})):
+            assert client.post(path, json=asked).status_code == 503
+        assert client.get("/health").status_code == 503
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(stream: bool, base_folder: Path) -> None:
     with open_service(config(base_folder, places=1), {}) as service, live(service) as url:
