@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from deltaw import bases, store
+from deltaw.errors import Fault
 from deltaw.serve import request
 from deltaw.serve.access import within
 from deltaw.serve.banks import Banks
@@ -30,6 +31,7 @@ from deltaw.serve.pool import Entry, Pool
 from deltaw.serve.request import OnEvent, SamplingParams
 from deltaw.serve.runner import choose_runner
 from deltaw.serve.scheduler import Scheduler
+from deltaw.serve.text import PromptTooLong, widest_token
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Service:
     started: float
     says: str
     """How steps are computed."""
+    widest: int | None
+    """The most characters that one token stands for, where that is known."""
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -69,17 +73,31 @@ class Service:
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return min(self.config.max_prompt_tokens or self.capacity, self.capacity - 1)
+
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation in the base's chat template; raises BaseModelError without one, DataError if it refuses."""
-        text = bases.render(self.base.tokenizer, messages, True)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        """A conversation in the base's chat template; raises BaseModelError without one, DataError if it refuses.
+
+        This and `text_tokens` may be called from any thread. They take a second for each megabyte, and raise
+        `PromptTooLong` before that for a text that can be no prompt.
+        """
+        return self._tokens(bases.render(self.base.tokenizer, messages, True), add_special_tokens=False)
 
     def text_tokens(self, text: str) -> list[int]:
         """A text as it is, with the start token where the tokenizer adds one."""
-        ids = list(self._tokenizer(text)["input_ids"])
+        ids = self._tokens(text)
         while ids and ids[-1] == self._tokenizer.eos_token_id:  # some tokenizers add it, and nothing would follow it
             ids.pop()
         return ids
+
+    def _tokens(self, text: str, **options: bool) -> list[int]:
+        if self.widest is not None and len(text) > self.widest * self.longest_prompt:
+            raise PromptTooLong(Fault("prompt", f"has {len(text)} characters, which are more than "
+                                      f"{len(text) // self.widest} tokens", f"at most {self.longest_prompt} tokens"))
+        return list(self._tokenizer(text, **options)["input_ids"])
 
     def token_text(self, token: int) -> str:
         """The text of one token by itself."""
@@ -202,7 +220,7 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     engine = Engine(runner, scheduler, pool, banks, merge=merge,
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
                     ends=bases.stop_tokens(model, tokenizer, [bases.turn_end(tokenizer)]))
-    return Service(config, base, engine, banks, capacity, time.time(), runner.says)
+    return Service(config, base, engine, banks, capacity, time.time(), runner.says, widest_token(tokenizer))
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:

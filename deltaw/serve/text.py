@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from deltaw.errors import DataError
 
 UNFINISHED = "\ufffd"
 """What a tokenizer shows for the first bytes of a character."""
 CONTEXT = 6
 """Tokens before the new ones that are decoded with them: a token's text depends on what stands before it."""
+
+PROBE = "a  b\n\n\tß世🙂 \ue000. , 's ?  x"
+"""Text that only tokenizers which lose nothing give back."""
+
+
+class PromptTooLong(DataError):
+    """A text that has more tokens than a prompt may have, as its length alone tells."""
 
 
 class TextStream:
@@ -47,6 +57,18 @@ class TextStream:
         keep = max((held_back(whole, stop) for stop in self._stops), default=0)
         self._held = whole[len(whole) - keep:]
         return whole[:len(whole) - keep]
+
+
+def widest_token(tokenizer: Any) -> int | None:
+    """The most characters that one token can stand for; None where a token may stand for any number of them.
+
+    Known where text comes back as it was given. A tokenizer with a token for unknown words, or that drops spaces, gives
+    back something else.
+    """
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    if str(tokenizer.decode(ids)).removeprefix(" ") != PROBE:
+        return None
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def held_back(text: str, stop: str) -> int:

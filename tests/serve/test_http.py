@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,40 @@ def test_a_full_queue_and_a_time_limit(base_folder: Path) -> None:
         assert "retry-after" in reply.headers
         assert client.post("/v1/chat/completions", json=LONG).status_code == 504
         wait_until_idle(service)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT),
+                                             ("/v1/completions", {"model": "tiny", "prompt": "hello"})])
+def test_others_are_answered_while_a_prompt_is_made_tokens(path: str, body: dict[str, Any],
+                                                           base_folder: Path) -> None:
+    with open_service(config(base_folder), {}) as service, live(service) as url, \
+            ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url, timeout=30) as client:
+        begun, go, tokens = threading.Event(), threading.Event(), service._tokens
+
+        def slowly(text: str, **options: bool) -> list[int]:
+            begun.set()
+            assert go.wait(60), "nobody was answered in the meantime"
+            return tokens(text, **options)
+
+        service._tokens = slowly  # type: ignore[method-assign]
+        reply = pool.submit(httpx.post, url + path, json=body, timeout=90)
+        assert begun.wait(30)
+        assert client.get("/health").status_code == 200
+        assert not reply.done()
+        go.set()
+        assert reply.result().status_code == 200
+
+
+def test_a_text_that_can_be_no_prompt_is_refused_by_its_length(base_folder: Path) -> None:
+    with open_service(config(base_folder, max_prompt_tokens=4), {}) as service, live(service) as url, \
+            httpx.Client(base_url=url, timeout=30) as client:
+        for widest, said in ((None, "14 tokens"), (5, "69 characters, which are more than 13 tokens")):
+            service.widest = widest
+            reply = client.post("/v1/completions", json={"model": "tiny", "prompt": " ".join(["blue"] * 14)})
+            assert reply.status_code == 400
+            assert reply.json()["error"]["code"] == "context_length_exceeded"
+            assert said in reply.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"model": "tiny", "prompt": "hello world"}).status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's, made to fail

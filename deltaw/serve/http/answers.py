@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fastapi.concurrency import run_in_threadpool
+
 from deltaw.errors import BaseModelError, ConfigError, DataError, StateError, near
 from deltaw.serve.http.errors import Refused, from_fault
 from deltaw.serve.http.schema import ChatRequest, CompletionRequest, Generation
 from deltaw.serve.request import Event, SamplingParams, TokenLogprob
 from deltaw.serve.scheduler import QueueFull
+from deltaw.serve.text import PromptTooLong
 
 if TYPE_CHECKING:
     from deltaw.serve.service import Service
@@ -124,11 +127,9 @@ def find_params(service: Service, request: ChatRequest | CompletionRequest, long
     """The sampling of a request, within the server's limits, after a prompt of `longest` tokens."""
     limit, room = service.config.max_tokens, service.capacity - longest
     wanted = request.wanted_tokens
-    allowed = service.config.max_prompt_tokens or service.capacity - 1
-    if longest > allowed or room < 1:
-        raise Refused(400, f"The prompt has {longest} tokens; at most {min(allowed, service.capacity - 1)} are "
-                      "allowed.", param="messages" if isinstance(request, ChatRequest) else "prompt",
-                      code="context_length_exceeded")
+    if longest > service.longest_prompt:
+        raise Refused(400, f"The prompt has {longest} tokens; at most {service.longest_prompt} are allowed.",
+                      param=_where(request), code="context_length_exceeded")
     if wanted is not None and wanted > limit:
         raise Refused(400, f"max_tokens is {wanted}; at most {limit} are allowed.", param="max_tokens",
                       code="max_tokens_exceeded")
@@ -146,16 +147,19 @@ def find_params(service: Service, request: ChatRequest | CompletionRequest, long
 
 
 def find_prompts(service: Service, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-    """The tokens of each prompt; 400 for one that is empty, or that the chat template refuses."""
-    if isinstance(request, ChatRequest):
-        try:
+    """The tokens of each prompt; 400 for one that is empty or too long, or that the chat template refuses."""
+    try:
+        if isinstance(request, ChatRequest):
             prompts = [service.chat_tokens([message.plain() for message in request.messages])]
-        except (DataError, BaseModelError) as error:
-            raise from_fault(error, code="chat_template") from error
-    else:
-        given: Any = request.prompt
-        several = isinstance(given, list) and not isinstance(given[0], int)
-        prompts = [list(p) if isinstance(p, list) else service.text_tokens(p) for p in (given if several else [given])]
+        else:
+            given: Any = request.prompt
+            several = isinstance(given, list) and not isinstance(given[0], int)
+            prompts = [list(p) if isinstance(p, list) else service.text_tokens(p)
+                       for p in (given if several else [given])]
+    except PromptTooLong as error:
+        raise Refused(400, str(error), param=_where(request), code="context_length_exceeded") from error
+    except (DataError, BaseModelError) as error:
+        raise from_fault(error, code="chat_template") from error
     if not all(prompts):
         raise Refused(400, "The prompt is empty.", param="prompt", code="empty_prompt")
     if any(token >= service.vocabulary for prompt in prompts for token in prompt):
@@ -164,8 +168,17 @@ def find_prompts(service: Service, request: ChatRequest | CompletionRequest) -> 
     return prompts
 
 
-def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Answers:
-    """Everything checked, nothing submitted yet."""
+def _where(request: ChatRequest | CompletionRequest) -> str:
+    """The field that holds the prompt."""
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
+
+
+async def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Answers:
+    """Everything checked, nothing submitted yet; in a thread, for long prompts take long and others must not wait."""
+    return await run_in_threadpool(_prepared, service, request)
+
+
+def _prepared(service: Service, request: ChatRequest | CompletionRequest) -> Answers:
     mix = find_mix(service, request)
     prompts = find_prompts(service, request)
     params = find_params(service, request, max(map(len, prompts)))

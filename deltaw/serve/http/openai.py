@@ -43,12 +43,12 @@ def router(service: Service) -> APIRouter:
     @routes.post("/chat/completions", response_model=None, responses=EVENTS)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """The next turn of a conversation."""
-        return await _answer(Chat(asked, service), prepare(service, asked), request)
+        return await _answer(Chat(asked, service), await prepare(service, asked), request)
 
     @routes.post("/completions", response_model=None, responses=EVENTS)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """What follows a text."""
-        return await _answer(Completion(asked, service), prepare(service, asked), request)
+        return await _answer(Completion(asked, service), await prepare(service, asked), request)
 
     return routes
 
