@@ -99,7 +99,7 @@ def start(config: ServeConfig, adapters: dict[str, Path], *, as_json: bool) -> N
     opened = server.listen(config.host, config.port)
     try:
         say(f"loading {config.model}")
-        with open_service(config, adapters) as service:
+        with open_service(config, adapters, warn=lambda text: say(f"warning: {text}")) as service:
             say(service.says)
             address = f"http://{config.host}:{opened.getsockname()[1]}"
 

@@ -109,7 +109,8 @@ class Engine:
         """Let one answer for each of `on_events` be written, with these adapters and weights; empty is the base.
 
         `deadline` is in seconds of `time.monotonic`. The result fails with `QueueFull`, with `StateError` for an
-        unknown adapter, and with `EngineStopped`. Several answers to one request with a seed get seeds that follow each other.
+        unknown adapter, and with `EngineStopped`. Several answers to one request with a seed get seeds that follow each
+        other.
         """
         tokens = tuple(prompt)
 

@@ -8,7 +8,7 @@ What changes the engine's state runs in the engine's thread; methods that change
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from deltaw import bases, store
+from deltaw.bases.template import mismatches
 from deltaw.errors import Fault
 from deltaw.serve import request
 from deltaw.serve.access import within
@@ -175,17 +176,20 @@ class Service:
 
 
 @contextmanager
-def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *,
-                 base: bases.Base | None = None) -> Iterator[Service]:
+def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *, base: bases.Base | None = None,
+                 warn: Callable[[str], None] = lambda text: None) -> Iterator[Service]:
     """A running service, stopped at the end of the block; raises for a base or an adapter that cannot be served.
 
-    `base` is one that is loaded already.
+    `base` is one that is loaded already. `warn` is told, when an adapter is read, what of its base's storage, template
+    or tokenizer is not as it was in training.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     if base is None:
-        base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device))
-    service = build(config, base)
+        base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device),
+                               quantize=None if config.quantize == "none" else config.quantize,
+                               double_quant=config.double_quant)
+    service = build(config, base, warn)
     for name, path in adapters.items():
         service.engine.pool.register(name, path)
     service.engine.start()
@@ -195,7 +199,7 @@ def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *,
         service.close()
 
 
-def build(config: ServeConfig, base: bases.Base) -> Service:
+def build(config: ServeConfig, base: bases.Base, warn: Callable[[str], None] = lambda text: None) -> Service:
     """A service over a loaded base, whose engine is not started."""
     model: Any = base.model.eval()
     for parameter in model.parameters():
@@ -206,10 +210,7 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     banks = Banks(fitting.site_map.modules, dtype=weight.dtype, device=weight.device)
     runner = choose_runner(model, banks, places=config.places, capacity=capacity, kernel=config.kernel)
 
-    def load(path: Path) -> Fitted:
-        return fitting.fit(store.load(path))
-
-    pool = Pool(load, budget=config.adapter_memory * MIB, on_gone=banks.forget,
+    pool = Pool(_reader(base, fitting, warn), budget=config.adapter_memory * MIB, on_gone=banks.forget,
                 reserved=(config.served_name or config.model,))
     scheduler = Scheduler(places=config.places, prefill_tokens=config.prefill_tokens, max_waiting=config.max_waiting,
                           remember=runner.reuses)
@@ -221,6 +222,21 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
                     ends=bases.stop_tokens(model, tokenizer, [bases.turn_end(tokenizer)]))
     return Service(config, base, engine, banks, capacity, time.time(), runner.says, widest_token(tokenizer))
+
+
+def _reader(base: bases.Base, fitting: Fitting, warn: Callable[[str], None]) -> Callable[[Path], Fitted]:
+    """What reads an adapter's folder, checks it, and tells how its base differs from the one it was trained on."""
+    expected: dict[str, Any] = {"quantized": base.quantized, "template": bases.template_hash(base.tokenizer),
+                                "tokenizer": bases.tokenizer_hash(base.tokenizer)}
+
+    def load(path: Path) -> Fitted:
+        adapter = store.load(path)
+        fitted = fitting.fit(adapter)
+        for text in mismatches(adapter.facts, **expected):
+            warn(f"adapter '{path}': {text}")
+        return fitted
+
+    return load
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_a_folder_of_adapters_is_served_talked_to_and_stopped(
     (["--adapters", "nowhere"], 2, "--adapters: 'nowhere' does not exist"), ([], 2, "--model: is missing"),
     (["--model", "x", "--allow-runtime-loading"], 2, "--adapter-root"),
     (["--model", "x", "--places", "0"], 2, "--places: got 0"),
+    (["--model", "x", "--engine", "vllm", "--quantize", "nf4"], 2, "--quantize: is nf4, which --engine vllm cannot be"),
     (["--model", "x", "--engine", "vllm"], 1, "vLLM is not installed"),
 ])
 def test_what_is_wrong_is_said_before_a_weight_is_loaded(arguments: list[str], code: int, said: str, deltaw: Run,
