@@ -70,6 +70,7 @@ class Service:
     def card(self, name: str) -> dict[str, Any]:
         """All there is to tell of one adapter, from its files too; raises StateError for an unknown one."""
         entry = self.engine.pool.entry(name)
+        entry.check(entry.path)
         return _brief(entry) | card(entry.path)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
@@ -125,10 +126,11 @@ class Service:
     def load_adapter(self, name: str, path: str) -> None:
         """Register an adapter below the root and check it whole; nothing is registered if it does not fit."""
         assert self.config.adapter_root is not None
-        folder = within(Path(self.config.adapter_root), path)
+        root = Path(self.config.adapter_root)
+        folder = within(root, path)
 
         def load() -> None:
-            entry = self.engine.pool.register(name, folder)
+            entry = self.engine.pool.register(name, folder, lambda found: within(root, str(found)))
             try:
                 self.engine.pool.get(entry.number, {n for s in self.engine.scheduler.running for n, _ in s.blend})
             except BaseException:

@@ -201,6 +201,26 @@ def test_a_client_that_leaves_frees_its_place(stream: bool, base_folder: Path) -
         assert service.engine.counters.finished == {"cancelled": 1}
 
 
+@pytest.mark.parametrize("damage", ["config", "tensors", "folder"])
+def test_an_adapter_that_is_damaged_after_the_start_is_refused(damage: str, base_folder: Path, tmp_path: Path) -> None:
+    folder = write_adapter(base_folder, tmp_path / "adapter", 9, r=2, target_modules="all-linear")
+    with open_service(config(base_folder), {"a": folder}) as service, live(service) as url, \
+            httpx.Client(base_url=url, timeout=30) as client:
+        asked = CHAT | {"model": "a"}
+        assert client.post("/v1/chat/completions", json=asked).status_code == 200
+        if damage == "config":
+            (folder / "adapter_config.json").write_text("{")
+        elif damage == "tensors":
+            (folder / "adapter_model.safetensors").unlink()
+        else:
+            shutil.rmtree(folder)
+        for stream in (False, True):
+            reply = client.post("/v1/chat/completions", json=asked | {"stream": stream})
+            assert reply.status_code == 400
+            assert reply.json()["error"]["code"] == "adapter_refused"
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
 # ------------------------------------------------------------------------------------------------ adapters at run time
 
 
@@ -240,3 +260,24 @@ def test_adapters_come_and_go_and_only_from_the_root(base_folder: Path, root: Pa
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "new"}).status_code == 200
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "new"}).status_code == 404
         assert client.post("/v1/chat/completions", json=CHAT | {"model": "new"}).status_code == 404
+
+
+@pytest.mark.parametrize("swapped", ["folder", "tensors"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_becomes_a_link_after_it_was_loaded_is_not_followed(swapped: str, in_memory: bool, base_folder: Path,
+                                                                 root: Path, tmp_path: Path) -> None:
+    runtime = config(base_folder, allow_runtime_loading=True, adapter_root=str(root))
+    with open_service(runtime, {}) as service, live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
+        assert client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "good"}).status_code == 200
+        if not in_memory:
+            service.engine.call(lambda: setattr(service.engine.pool.entry("a"), "loaded", None)).result(10)
+        if swapped == "folder":
+            shutil.rmtree(root / "good")
+            (root / "good").symlink_to(tmp_path / "outside")
+        else:
+            (root / "good" / "adapter_model.safetensors").unlink()
+            (root / "good" / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "adapter_model.safetensors")
+        reply = client.post("/v1/chat/completions", json=CHAT | {"model": "a"})
+        assert reply.status_code == 400
+        assert "--adapter-root" in reply.json()["error"]["message"]
+        assert client.get("/v1/adapters/a").status_code == 400

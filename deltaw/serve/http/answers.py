@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi.concurrency import run_in_threadpool
 
-from deltaw.errors import BaseModelError, ConfigError, DataError, StateError, near
+from deltaw.errors import BaseModelError, ConfigError, DataError, DeltawError, StateError, near
 from deltaw.serve.http.errors import Refused, from_fault
 from deltaw.serve.http.schema import ChatRequest, CompletionRequest, Generation
 from deltaw.serve.request import Event, SamplingParams, TokenLogprob
@@ -75,6 +75,8 @@ class Answers:
                               headers={"Retry-After": RETRY_AFTER_S}) from error
             if isinstance(error, StateError):  # unloaded since it was looked up
                 raise from_fault(error, 404, code="model_not_found") from error
+            if isinstance(error, DeltawError):  # its folder was replaced by something that is no adapter
+                raise Refused(400, str(error), param="model", code="adapter_refused") from error
             raise
         return self
 
