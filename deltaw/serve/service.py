@@ -63,6 +63,11 @@ class Service:
         """Names of the registered adapters."""
         return self.engine.pool.names
 
+    @property
+    def adapter_numbers(self) -> dict[int, str]:
+        """Their names by number. A number is never used again, not even for new files under the same name."""
+        return {entry.number: entry.name for entry in self.engine.pool.entries}
+
     def cards(self) -> list[dict[str, Any]]:
         """What there is to tell of each adapter from memory."""
         return [_brief(entry) for entry in self.engine.pool.entries]
@@ -242,5 +247,5 @@ def _reader(base: bases.Base, fitting: Fitting, warn: Callable[[str], None]) -> 
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:
-    return {"name": entry.name, "path": str(entry.path), "rank": entry.rank, "targets": list(entry.targets),
+    return {"number": entry.number, "name": entry.name, "path": str(entry.path), "rank": entry.rank, "targets": list(entry.targets),
             "bytes": entry.file_bytes, "created": entry.created, "in_memory": entry.loaded is not None}

@@ -262,6 +262,26 @@ def test_adapters_come_and_go_and_only_from_the_root(base_folder: Path, root: Pa
         assert client.post("/v1/chat/completions", json=CHAT | {"model": "new"}).status_code == 404
 
 
+def test_a_number_never_means_another_adapter(base_folder: Path, root: Path, adapter_folders: dict[str, Path]) -> None:
+    runtime = config(base_folder, allow_runtime_loading=True, adapter_root=str(root))
+    with open_service(runtime, adapter_folders) as service, live(service) as url, \
+            httpx.Client(base_url=url, timeout=30) as client:
+        def listed() -> dict[str, int]:
+            return {one["name"]: one["id"] for one in client.get("/lora-adapters").json()}
+
+        def status(number: int) -> int:
+            return client.post("/v1/chat/completions", json=CHAT | {"lora": [{"id": number}]}).status_code
+
+        before = listed()
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "small"}).status_code == 200
+        assert client.post("/v1/load_lora_adapter", json={"lora_name": "small", "lora_path": "good"}).status_code == 200
+        after = listed()
+        assert after == before | {"small": after["small"]}
+        assert after["small"] > max(before.values())
+        assert {number: status(number) for number in (before["small"], after["small"], before["wide"])} == {
+            before["small"]: 404, after["small"]: 200, before["wide"]: 200}
+
+
 @pytest.mark.parametrize("swapped", ["folder", "tensors"])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_what_becomes_a_link_after_it_was_loaded_is_not_followed(swapped: str, in_memory: bool, base_folder: Path,

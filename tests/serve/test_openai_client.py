@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -63,8 +64,9 @@ def test_completions_of_texts_and_tokens(client: Any, reference: Callable[..., l
 
 def test_a_blend_of_adapters(client: Any, reference: Callable[..., list[int]]) -> None:
     expected = words(reference(tokens_of(PROMPT), {"small": 0.7, "wide": -0.3}, 8))
+    ids = {one["name"]: one["id"] for one in httpx.get(f"{client.base_url}".replace("/v1/", "/lora-adapters")).json()}
     for parts in ([{"id": "small", "scale": 0.7}, {"id": "wide", "scale": -0.3}],
-                  [{"id": 0, "scale": 0.7}, {"id": 1, "scale": -0.3}]):
+                  [{"id": ids["small"], "scale": 0.7}, {"id": ids["wide"], "scale": -0.3}]):
         asked = GREEDY | {"extra_body": {"ignore_eos": True, "lora": parts}}
         reply = client.chat.completions.create(model="tiny", messages=QUESTION, **asked)
         assert reply.choices[0].message.content.split() == expected.split()

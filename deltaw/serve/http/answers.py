@@ -109,7 +109,7 @@ class Answers:
 
 def find_mix(service: Service, request: Generation) -> dict[str, float]:
     """The adapters of a request with their weights; 404 for a name that there is not."""
-    names = service.adapters
+    names, numbers = service.adapters, service.adapter_numbers
     if request.model != service.name and request.model not in names:
         raise Refused(404, f"The model '{request.model}' does not exist. {near(request.model, [service.name, *names])}"
                       .rstrip(), param="model", code="model_not_found")
@@ -117,7 +117,7 @@ def find_mix(service: Service, request: Generation) -> dict[str, float]:
         return {} if request.model == service.name else {request.model: 1.0}
     mix: dict[str, float] = {}
     for i, part in enumerate(request.lora):
-        name = part.id if isinstance(part.id, str) else names[part.id] if part.id < len(names) else None
+        name = part.id if isinstance(part.id, str) else numbers.get(part.id)
         if name is None or name not in names:
             raise Refused(404, f"The adapter {part.id!r} does not exist. {near(str(part.id), names)}".rstrip(),
                           param=f"lora.{i}.id", code="model_not_found")

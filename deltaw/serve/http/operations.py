@@ -49,9 +49,9 @@ def adapters(service: Service) -> APIRouter:
 
     @routes.get("/lora-adapters")
     async def listed() -> list[dict[str, Any]]:
-        """Adapters with the numbers that `lora` may use, as llama.cpp lists them."""
-        return [{"id": i, "name": card["name"], "path": card["path"], "scale": 0.0}
-                for i, card in enumerate(service.cards())]
+        """Adapters with the numbers that `lora` may use, as llama.cpp lists them; none is ever used again."""
+        return [{"id": card["number"], "name": card["name"], "path": card["path"], "scale": 0.0}
+                for card in service.cards()]
 
     @routes.get("/v1/adapters/{name:path}")
     async def card(name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class StreamOptions(Strict):
 
 
 class LoraScale(Strict):
-    """One part of a blend: an adapter by name, or by its number in the order of /v1/models, and its weight."""
+    """One part of a blend: an adapter by name, or by its number in /lora-adapters, and its weight."""
 
     id: str | Annotated[StrictInt, Field(ge=0)]
     scale: float = Field(1.0, ge=-100, le=100)
