@@ -85,6 +85,11 @@ class Service:
         """In tokens."""
         return min(self.config.max_prompt_tokens or self.capacity, self.capacity - 1)
 
+    @property
+    def most_answers(self) -> int:
+        """How many answers there can be at once: those that are written, and those that wait."""
+        return self.config.places + self.config.max_waiting
+
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A conversation in the base's chat template; raises BaseModelError without one, DataError if it refuses.
 

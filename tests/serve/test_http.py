@@ -125,13 +125,28 @@ def test_a_body_that_is_too_long(base_folder: Path) -> None:
         assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30).status_code == 200
 
 
+def test_more_answers_than_can_ever_wait_are_refused_for_good(base_folder: Path) -> None:
+    with open_service(config(base_folder, places=2, max_waiting=2), {}) as service, live(service) as url, \
+            httpx.Client(base_url=url, timeout=30) as client:
+        asked = {"model": "tiny", "prompt": ["hello", "world"], "max_tokens": 2}
+        assert client.post("/v1/completions", json=asked | {"n": 2}).status_code == 200
+        reply = client.post("/v1/completions", json=asked | {"n": 3})
+        assert reply.status_code == 400
+        assert "asks for 6 answers; at most 4" in reply.json()["error"]["message"]
+
+
 def test_a_full_queue_and_a_time_limit(base_folder: Path) -> None:
     with open_service(config(base_folder, places=1, max_waiting=2, timeout=1.0), {}) as service, \
             live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
         slow(service)
-        reply = client.post("/v1/chat/completions", json=LONG | {"n": 3})
-        assert reply.status_code == 429
-        assert "retry-after" in reply.headers
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=LONG | {"n": 3}, timeout=60)
+            while service.engine.scheduler.waiting < 2:
+                time.sleep(0.01)
+            reply = client.post("/v1/chat/completions", json=LONG)
+            assert reply.status_code == 429
+            assert "retry-after" in reply.headers
+            assert first.result().status_code == 504
         assert client.post("/v1/chat/completions", json=LONG).status_code == 504
         wait_until_idle(service)
 

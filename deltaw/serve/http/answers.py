@@ -184,4 +184,7 @@ def _prepared(service: Service, request: ChatRequest | CompletionRequest) -> Ans
     mix = find_mix(service, request)
     prompts = find_prompts(service, request)
     params = find_params(service, request, max(map(len, prompts)))
+    if len(prompts) * request.n > service.most_answers:  # 429 would have the client come back for ever
+        raise Refused(400, f"The request asks for {len(prompts) * request.n} answers; at most {service.most_answers} "
+                      "can be written or wait at once.", param="n", code="too_many_answers")
     return Answers(service, prompts, mix, params, request.n)
