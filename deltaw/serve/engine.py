@@ -105,10 +105,12 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, prompt: Iterable[int], mix: Mapping[str, float], params: SamplingParams,
-               on_events: Iterable[OnEvent], *, deadline: float = float("inf")) -> Future[list[Sequence]]:
+               on_events: Iterable[OnEvent], *, deadline: float = float("inf"),
+               continues: bool = False) -> Future[list[Sequence]]:
         """Let one answer for each of `on_events` be written, with these adapters and weights; empty is the base.
 
-        `deadline` is in seconds of `time.monotonic`. The result fails with `QueueFull`, with `StateError` for an
+        `deadline` is in seconds of `time.monotonic`. Where an answer's text `continues` the prompt's, its first space is
+        part of it. The result fails with `QueueFull`, with `StateError` for an
         unknown adapter, and with `EngineStopped`. Several answers to one request with a seed get seeds that follow each
         other.
         """
@@ -121,7 +123,7 @@ class Engine:
             self.scheduler.add(*sequences)
             for sequence in sequences:
                 self.pool.pin(blend)
-                self._texts[sequence.number] = TextStream(self._decode, params.stop)
+                self._texts[sequence.number] = TextStream(self._decode, params.stop, tokens if continues else ())
             return sequences
 
         return self.call(add)

@@ -32,7 +32,7 @@ from deltaw.serve.pool import Entry, Pool
 from deltaw.serve.request import OnEvent, SamplingParams
 from deltaw.serve.runner import choose_runner
 from deltaw.serve.scheduler import Scheduler
-from deltaw.serve.text import PromptTooLong, widest_token
+from deltaw.serve.text import PromptTooLong, bytes_of, widest_token
 
 
 @dataclass
@@ -115,6 +115,11 @@ class Service:
         """The text of one token by itself."""
         return str(self._tokenizer.decode([token]))
 
+    def token_bytes(self, token: int) -> list[int] | None:
+        """The bytes of one token, which may be a part of a character; None where the vocabulary does not tell."""
+        found = bytes_of(self._tokenizer, token)
+        return None if found is None else list(found)
+
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
@@ -123,9 +128,10 @@ class Service:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def submit(self, prompt: Iterable[int], mix: Mapping[str, float], params: SamplingParams,
-               on_events: Iterable[OnEvent]) -> Future[list[request.Sequence]]:
+               on_events: Iterable[OnEvent], *, continues: bool = False) -> Future[list[request.Sequence]]:
         """Have answers written; see `Engine.submit`."""
-        return self.engine.submit(prompt, mix, params, on_events, deadline=time.monotonic() + self.config.timeout)
+        return self.engine.submit(prompt, mix, params, on_events, continues=continues,
+                                  deadline=time.monotonic() + self.config.timeout)
 
     def cancel(self, sequences: Iterable[request.Sequence]) -> None:
         """End answers; their places are free at the next step."""

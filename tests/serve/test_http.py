@@ -136,12 +136,13 @@ def test_more_answers_than_can_ever_wait_are_refused_for_good(base_folder: Path)
 
 
 def test_a_full_queue_and_a_time_limit(base_folder: Path) -> None:
-    with open_service(config(base_folder, places=1, max_waiting=2, timeout=1.0), {}) as service, \
+    with open_service(config(base_folder, places=1, max_waiting=2, timeout=2.0), {}) as service, \
             live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
         slow(service)
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=LONG | {"n": 3}, timeout=60)
             while service.engine.scheduler.waiting < 2:
+                assert not first.done()
                 time.sleep(0.01)
             reply = client.post("/v1/chat/completions", json=LONG)
             assert reply.status_code == 429

@@ -58,8 +58,9 @@ def test_completions_of_texts_and_tokens(client: Any, reference: Callable[..., l
     tokens = client.completions.create(model="wide", prompt=[tokens_of("hello world"), tokens_of("the sea")], **GREEDY)
     for reply in (texts, tokens):
         assert [choice.text.split() for choice in reply.choices] == [text.split() for text in expected]
+    assert all(choice.text.startswith(" ") for reply in (texts, tokens) for choice in reply.choices)
     echoed = client.completions.create(model="wide", prompt="the sea", echo=True, **GREEDY)
-    assert echoed.choices[0].text.startswith("the sea")
+    assert echoed.choices[0].text == f"the sea {expected[1]}"
 
 
 def test_a_blend_of_adapters(client: Any, reference: Callable[..., list[int]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.serve.text import TextStream, widest_token
+from deltaw.serve.text import TextStream, bytes_of, byte_alphabet, widest_token
 
 SENTENCE = "Grüße, 世界 🙂! stop here ENDE\n\nor not"
 
@@ -79,3 +79,35 @@ def test_where_words_can_be_unknown_a_token_stands_for_any_number(base_folder: P
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     assert widest_token(tokenizer) is None
     assert len(tokenizer("x" * 1000)["input_ids"]) == 1
+
+
+def test_each_token_has_its_own_bytes() -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer = of_bytes([("a", "a")])
+    ids = tokenizer("aaß🙂 ")["input_ids"]
+    pieces = [bytes_of(tokenizer, token) for token in ids]
+    assert pieces == [b"aa", *(bytes([byte]) for byte in "ß🙂 ".encode())]
+    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_bytes_of_a_vocabulary_with_a_token_for_each_byte() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "\ufffd?", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>"))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert [bytes_of(tokenizer, token) for token in tokenizer("é")["input_ids"]] == [b"\xc3", b"\xa9"]
+    assert bytes_of(tokenizer, 1) is None
+
+
+def test_a_text_that_goes_on_from_another_begins_with_its_space() -> None:
+    """As sentencepiece's decoders, which leave out the space at the beginning of a text."""
+    def words(tokens: Sequence[int]) -> str:
+        return " ".join("one two three".split()[token] for token in tokens)
+
+    for before, expected in (((), "two three"), ((0,), " two three"), (tuple([0] * 50), " two three")):
+        stream = TextStream(words, before=before)
+        assert stream.push(1) + stream.push(2) + stream.flush() == expected

@@ -45,7 +45,8 @@ class Answers:
     """The answers to one request, over its prompts and `n`. Use as an async context: leaving it frees their places."""
 
     def __init__(self, service: Service, prompts: list[list[int]], mix: Mapping[str, float], params: SamplingParams,
-                 n: int) -> None:
+                 n: int, *, continues: bool = False) -> None:
+        self.continues = continues
         self.service, self.prompts, self.mix, self.params, self.n = service, prompts, mix, params, n
         self.reused = 0
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -66,7 +67,8 @@ class Answers:
         try:
             for i, prompt in enumerate(self.prompts):
                 listeners: list[Callable[[Event], None]] = [partial(tell, i * self.n + j) for j in range(self.n)]
-                submitted: Future[Any] = self.service.submit(prompt, self.mix, self.params, listeners)
+                submitted: Future[Any] = self.service.submit(prompt, self.mix, self.params, listeners,
+                                                               continues=self.continues)
                 self._sequences += await asyncio.wrap_future(submitted)
         except BaseException as error:
             self.service.cancel(self._sequences)
@@ -187,4 +189,4 @@ def _prepared(service: Service, request: ChatRequest | CompletionRequest) -> Ans
     if len(prompts) * request.n > service.most_answers:  # 429 would have the client come back for ever
         raise Refused(400, f"The request asks for {len(prompts) * request.n} answers; at most {service.most_answers} "
                       "can be written or wait at once.", param="n", code="too_many_answers")
-    return Answers(service, prompts, mix, params, request.n)
+    return Answers(service, prompts, mix, params, request.n, continues=isinstance(request, CompletionRequest))

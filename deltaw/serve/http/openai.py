@@ -179,8 +179,7 @@ class Chat(Form):
             "top_logprobs": [self._token(*other) for other in one.top]} for one in logprobs], "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self._text(token), "logprob": logprob, "bytes": self.service.token_bytes(token)}
 
 
 class Completion(Form):
