@@ -88,13 +88,35 @@ class Pool(Generic[T]):
 
     def register(self, name: str, path: str | Path, check: Check = lambda folder: None) -> Entry[T]:
         """Note an adapter without reading its tensors; raises AdapterFileError or ConfigError for what is none."""
+        self._require_name(name)
+        return self._put(self._made(name, Path(path), check))
+
+    def load(self, name: str, path: Path, check: Check, *, replace: bool = False,
+             running: Collection[int] = ()) -> Entry[T]:
+        """As `register`, and read it at once: nothing changes where it cannot be used. `replace` takes over a name."""
+        self._require_name(name, replace=replace)
+        entry = self._made(name, path, check)
+        self._by_number[entry.number] = entry
+        try:
+            self.get(entry.number, running)
+        except BaseException:
+            self._retire(entry)
+            raise
+        return self._put(entry)
+
+    def _require_name(self, name: str, *, replace: bool = False) -> None:
         if not name or len(name) > 200 or not name.isprintable() or name in self._reserved:
             raise ConfigError(Fault(f"adapter name '{name}'", "cannot be used", "a printable name of at most 200 "
                                     "characters that is not the base's"))
-        if name in self._by_name:
+        if name in self._by_name and not replace:
             raise StateError(Fault(f"adapter '{name}'", "is registered already", "a new name", "Unload it first"))
-        entry = self._made(name, Path(path), check)
-        self._by_name[name] = self._by_number[entry.number] = entry
+
+    def _put(self, entry: Entry[T]) -> Entry[T]:
+        """Give an entry its name; requests that use what had it go on."""
+        before = self._by_name.get(entry.name)
+        self._by_name[entry.name] = self._by_number[entry.number] = entry
+        if before is not None:
+            self._retire(before)
         return entry
 
     def unregister(self, name: str) -> None:
@@ -107,10 +129,7 @@ class Pool(Generic[T]):
         """The number of what is in a name's folder now."""
         entry = self.entry(name)
         if _identity(entry.path) != entry.identity:
-            fresh = self._made(name, entry.path, entry.check)
-            self._by_name[name] = self._by_number[fresh.number] = fresh
-            self._retire(entry)
-            entry = fresh
+            entry = self._put(self._made(name, entry.path, entry.check))
         return entry.number
 
     # -- which are in memory -----------------------------------------------------------------------------------------

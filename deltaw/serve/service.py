@@ -139,19 +139,19 @@ class Service:
 
     # -- adapters at run time ----------------------------------------------------------------------------------------
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """Register an adapter below the root and check it whole; nothing is registered if it does not fit."""
+    def load_adapter(self, name: str, path: str, replace: bool = False) -> None:
+        """Register an adapter below the root and check it whole; nothing is registered if it does not fit.
+
+        StateError for a name that is registered, unless it is to be replaced.
+        """
         assert self.config.adapter_root is not None
         root = Path(self.config.adapter_root)
         folder = within(root, path)
 
         def load() -> None:
-            entry = self.engine.pool.register(name, folder, lambda found: within(root, str(found)))
-            try:
-                self.engine.pool.get(entry.number, {n for s in self.engine.scheduler.running for n, _ in s.blend})
-            except BaseException:
-                self.engine.pool.unregister(name)
-                raise
+            running = {n for s in self.engine.scheduler.running for n, _ in s.blend}
+            self.engine.pool.load(name, folder, lambda found: within(root, str(found)), replace=replace,
+                                  running=running)
 
         self._do(load)
 

@@ -269,7 +269,9 @@ def test_adapters_come_and_go_and_only_from_the_root(base_folder: Path, root: Pa
             assert "error" in reply.json()
         assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny"]
         assert load("good").status_code == 200
-        assert load("good").status_code == 409
+        again = load("good")
+        assert again.status_code == 400
+        assert again.json()["error"]["param"] == "lora_name"
         assert load("good", "tiny").status_code == 400
         assert client.post("/v1/chat/completions", json=CHAT | {"model": "new"}).status_code == 200
         assert load(str(root / "good"), "absolute").status_code == 200
@@ -317,3 +319,21 @@ def test_what_becomes_a_link_after_it_was_loaded_is_not_followed(swapped: str, i
         assert reply.status_code == 400
         assert "--adapter-root" in reply.json()["error"]["message"]
         assert client.get("/v1/adapters/a").status_code == 400
+
+
+def test_loading_in_place_puts_another_adapter_under_the_name_or_nothing(base_folder: Path, root: Path) -> None:
+    write_adapter(base_folder, root / "other", 10, r=7, lora_alpha=90, target_modules="all-linear")
+    runtime = config(base_folder, allow_runtime_loading=True, adapter_root=str(root))
+    with open_service(runtime, {}) as service, live(service) as url, httpx.Client(base_url=url, timeout=30) as client:
+        def load(path: str, **fields: object) -> int:
+            body = {"lora_name": "a", "lora_path": path} | fields
+            return client.post("/v1/load_lora_adapter", json=body).status_code
+
+        def rank() -> int:
+            return int(client.get("/v1/models/a").json()["rank"])
+
+        assert (load("good", load_inplace=True), rank()) == (200, 2)
+        assert (load("broken", load_inplace=True), rank()) == (400, 2)
+        assert (load("other", load_inplace=True), rank()) == (200, 7)
+        assert client.post("/v1/chat/completions", json=CHAT | {"model": "a"}).status_code == 200
+        assert len(service.engine.pool._by_number) == 1

@@ -34,6 +34,34 @@ def test_the_base_and_all_adapters_are_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", *SHAPES]
 
 
+def test_one_model_by_name(client: Any) -> None:
+    assert client.models.retrieve("wide").parent == "tiny"
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="Did you mean wide"):
+        client.models.retrieve("wid")
+
+
+NEUTRAL: dict[str, Any] = {"tools": [], "tool_choice": "auto", "logit_bias": {}, "response_format": {"type": "text"},
+                           "modalities": ["text"], "parallel_tool_calls": True, "service_tier": "auto", "user": "x"}
+
+
+def test_fields_that_ask_for_nothing_change_nothing(client: Any) -> None:
+    def answer(**fields: Any) -> str:
+        return str(client.chat.completions.create(model="wide", messages=QUESTION, **GREEDY, **fields)
+                   .choices[0].message.content)
+
+    assert answer(**NEUTRAL) == answer()
+    assert client.completions.create(model="wide", prompt="hello", best_of=1, suffix="", logit_bias={}, **GREEDY)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("logit_bias", {"5": 100}),
+    ("response_format", {"type": "json_object"}), ("modalities", ["audio"]), ("tool_choice", "required")])
+def test_fields_that_ask_for_what_there_is_not_are_refused(field: str, value: Any, client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=field):
+        client.chat.completions.create(model="wide", messages=QUESTION, **GREEDY, **{field: value})
+
+
 @pytest.mark.parametrize("name", ["tiny", *SHAPES])
 def test_chat_in_one_piece_and_streamed(name: str, client: Any, reference: Callable[..., list[int]]) -> None:
     mix = {} if name == "tiny" else {name: 1.0}

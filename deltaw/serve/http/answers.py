@@ -113,8 +113,7 @@ def find_mix(service: Service, request: Generation) -> dict[str, float]:
     """The adapters of a request with their weights; 404 for a name that there is not."""
     names, numbers = service.adapters, service.adapter_numbers
     if request.model != service.name and request.model not in names:
-        raise Refused(404, f"The model '{request.model}' does not exist. {near(request.model, [service.name, *names])}"
-                      .rstrip(), param="model", code="model_not_found")
+        raise unknown_model(service, request.model)
     if request.lora is None:
         return {} if request.model == service.name else {request.model: 1.0}
     mix: dict[str, float] = {}
@@ -125,6 +124,12 @@ def find_mix(service: Service, request: Generation) -> dict[str, float]:
                           param=f"lora.{i}.id", code="model_not_found")
         mix[name] = mix.get(name, 0.0) + part.scale
     return {name: weight for name, weight in mix.items() if weight}
+
+
+def unknown_model(service: Service, name: str) -> Refused:
+    """That there is no such model."""
+    return Refused(404, f"The model '{name}' does not exist. {near(name, [service.name, *service.adapters])}".rstrip(),
+                   param="model", code="model_not_found")
 
 
 def find_params(service: Service, request: ChatRequest | CompletionRequest, longest: int) -> SamplingParams:

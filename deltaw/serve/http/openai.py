@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deltaw.serve.http.answers import Answer, Answers, prepare
+from deltaw.serve.http.answers import Answer, Answers, prepare, unknown_model
 from deltaw.serve.http.disconnect import unless_gone
 from deltaw.serve.http.errors import ErrorReply, Refused, body
 from deltaw.serve.http.schema import ChatRequest, CompletionRequest
@@ -34,11 +34,15 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         """The base, then its adapters."""
-        base = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "deltaw",
-                "root": service.config.model, "parent": None, "max_model_len": service.capacity}
-        return {"object": "list", "data": [base, *({
-            "id": card["name"], "object": "model", "created": card["created"], "owned_by": "deltaw",
-            "root": card["path"], "parent": service.name, "rank": card["rank"]} for card in service.cards())]}
+        return {"object": "list", "data": _models(service)}
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        for found in _models(service):
+            if found["id"] == name:
+                return found
+        raise unknown_model(service, name)
 
     @routes.post("/chat/completions", response_model=None, responses=EVENTS)
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -51,6 +55,14 @@ def router(service: Service) -> APIRouter:
         return await _answer(Completion(asked, service), await prepare(service, asked), request)
 
     return routes
+
+
+def _models(service: Service) -> list[dict[str, Any]]:
+    """The base, then its adapters, as OpenAI and vLLM describe a model."""
+    base = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "deltaw",
+            "root": service.config.model, "parent": None, "max_model_len": service.capacity}
+    return [base, *({"id": card["name"], "object": "model", "created": card["created"], "owned_by": "deltaw",
+                     "root": card["path"], "parent": service.name, "rank": card["rank"]} for card in service.cards())]
 
 
 async def _answer(form: Form, answers: Answers, request: Request) -> Response:

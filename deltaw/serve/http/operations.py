@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 POLICY = {"Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
           "X-Content-Type-Options": "nosniff"}
 """What the playground may load: its own files, so that no answer can make it run or fetch anything."""
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 413)}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 503)}
 
 
 def adapters(service: Service) -> APIRouter:
@@ -33,7 +33,13 @@ def adapters(service: Service) -> APIRouter:
     async def load(asked: LoadAdapter) -> str:
         """Register an adapter below the server's --adapter-root."""
         _require_runtime_loading(service)
-        await _changed(service.load_adapter, asked.lora_name, asked.lora_path)
+        try:
+            await run_in_threadpool(service.load_adapter, asked.lora_name, asked.lora_path, asked.load_inplace)
+        except StateError as error:
+            raise Refused(400, f"The adapter '{asked.lora_name}' is loaded already; load_inplace replaces it.",
+                          param="lora_name", code="already_loaded") from error
+        except DeltawError as error:
+            raise from_fault(error, code="adapter_refused") from error
         return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
 
     @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
@@ -115,15 +121,3 @@ def _require_runtime_loading(service: Service) -> None:
         raise Refused(403, "Loading adapters at run time is off; start the server with --allow-runtime-loading and "
                       "--adapter-root.", code="runtime_loading_off")
 
-
-async def _changed(change: Callable[..., None], *arguments: str) -> None:
-    try:
-        await run_in_threadpool(change, *arguments)
-    except StateError as error:
-        raise from_fault(error, 409) from error
-    except DeltawError as error:
-        _refuse(error)
-
-
-def _refuse(error: DeltawError) -> NoReturn:
-    raise from_fault(error, code="adapter_refused") from error
