@@ -109,10 +109,9 @@ class Engine:
                continues: bool = False) -> Future[list[Sequence]]:
         """Let one answer for each of `on_events` be written, with these adapters and weights; empty is the base.
 
-        `deadline` is in seconds of `time.monotonic`. Where an answer's text `continues` the prompt's, its first space is
-        part of it. The result fails with `QueueFull`, with `StateError` for an
-        unknown adapter, and with `EngineStopped`. Several answers to one request with a seed get seeds that follow each
-        other.
+        `deadline` is in seconds of `time.monotonic`. Where an answer's text `continues` the prompt's, its first space
+        is part of it. The result fails with `QueueFull`, with `StateError` for an unknown adapter, and with
+        `EngineStopped`. Several answers to one request with a seed get seeds that follow each other.
         """
         tokens = tuple(prompt)
 

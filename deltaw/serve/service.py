@@ -258,5 +258,6 @@ def _reader(base: bases.Base, fitting: Fitting, warn: Callable[[str], None]) -> 
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:
-    return {"number": entry.number, "name": entry.name, "path": str(entry.path), "rank": entry.rank, "targets": list(entry.targets),
-            "bytes": entry.file_bytes, "created": entry.created, "in_memory": entry.loaded is not None}
+    return {"number": entry.number, "name": entry.name, "path": str(entry.path), "rank": entry.rank,
+            "targets": list(entry.targets), "bytes": entry.file_bytes, "created": entry.created,
+            "in_memory": entry.loaded is not None}

@@ -42,7 +42,7 @@ class PlainFormat(Strict):
 
 
 class Neutral(Strict):
-    """Fields of OpenAI's that clients send though they ask nothing by them: accepted with the value that does nothing."""
+    """Fields of OpenAI's that clients send though they ask for nothing: accepted with the value that does nothing."""
 
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     service_tier: Literal["auto", "default"] | None = None
