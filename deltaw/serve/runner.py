@@ -211,7 +211,7 @@ def _trial_alone(model: Any) -> list[Tensor]:
 
 
 def _trial_together(runner: Runner, model: Any, *, parts: bool = False) -> list[Tensor]:
-    """The same: the first computed as two prompts in one row, in two `parts` or not, the second as two single tokens."""
+    """The same: the first computed as two prompts in one row, whole or in `parts`, the second as two single tokens."""
     from deltaw.serve.request import SamplingParams, Sequence
 
     sequences = [Sequence(i, tuple(tokens[:-1]), BASE, SamplingParams(), print, place=2 - 2 * i)

@@ -139,6 +139,28 @@ def test_a_merged_adapter_is_undone_to_the_bit(base_folder: Path, adapter_folder
             assert torch.equal(p, before[name][1])
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_merging_while_others_come_and_go_changes_no_answer(kernel: bool, base_folder: Path,
+                                                            adapter_folders: dict[str, Path],
+                                                            reference: Callable[..., list[int]]) -> None:
+    """One is alone and merged; the others find it in the weights, and it goes on beside them; twice."""
+    long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with open_service(config(base_folder, auto_merge=1e-9, kernel=kernel), adapter_folders) as service:
+        step, merge = service.engine.step, service.engine._merge
+        service.engine.step = lambda: (time.sleep(0.01), step())[1]  # type: ignore[method-assign,assignment,func-returns-value]
+        assert merge is not None
+        expected = [reference(tokens_of(prompt), mix, 12) for prompt, mix in CASES[:4]]
+        whole = reference(tokens_of(PROMPTS[0]), {"wide": 1.0}, 40)
+        for times in (1, 2):
+            alone = ask(service, PROMPTS[0], {"wide": 1.0}, long)
+            until = time.monotonic() + 30
+            while merge.merges < times:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            assert [x.tokens for x in [ask(service, *case) for case in CASES[:4]]] == expected
+            assert alone.tokens == whole
+
+
 def test_a_seed_means_the_same_beside_any_neighbours(service: Service) -> None:
     params = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=15, seed=7, ignore_eos=True)
     alone = ask(service, PROMPTS[0], {"small": 1.0}, params).tokens

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import httpx
 import pytest
 
 from deltaw.serve.service import Service, open_service
-from tests.serve.conftest import config, live, write_adapter
+from tests.serve.conftest import config, live, live_server, write_adapter
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 LONG = CHAT | {"max_tokens": 48, "ignore_eos": True}
@@ -184,6 +186,41 @@ def test_a_text_that_can_be_no_prompt_is_refused_by_its_length(base_folder: Path
             assert reply.json()["error"]["code"] == "context_length_exceeded"
             assert said in reply.json()["error"]["message"]
         assert client.post("/v1/completions", json={"model": "tiny", "prompt": "hello world"}).status_code == 200
+
+
+def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new(base_folder: Path) -> None:
+    with open_service(config(base_folder), {}) as service, live_server(service) as (url, server), \
+            httpx.Client(base_url=url, timeout=60) as client:
+        slow(service, 0.02)
+        with client.stream("POST", "/v1/chat/completions", json=LONG | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.draining.begun = True
+            for path, asked in (("/v1/chat/completions", CHAT), ("/v1/load_lora_adapter", {})):
+                refused = client.post(path, json=asked)
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "stopping"
+                assert "retry-after" in refused.headers
+            assert client.get("/ready").status_code == 503
+            assert client.get("/health").status_code == 200
+            asyncio.run(server._drain())
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_a_drain_that_runs_out_ends_answers_too(base_folder: Path) -> None:
+    with open_service(config(base_folder, drain=0.2, timeout=90), {}) as service, \
+            live_server(service) as (url, server), httpx.Client(base_url=url, timeout=60) as client:
+        step, go = service.engine.step, threading.Event()
+        with client.stream("POST", "/v1/chat/completions", json=LONG | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            service.engine.step = lambda: (go.wait(60), step())[1]  # type: ignore[method-assign,assignment,func-returns-value]
+            next(lines)
+            server.draining.begun = True
+            asyncio.run(server._drain())  # returns although a step never ends
+            assert server.should_exit
+            with suppress(httpx.HTTPError):  # cut off
+                assert "data: [DONE]" not in list(lines)
+        go.set()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's, made to fail
