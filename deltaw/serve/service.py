@@ -19,7 +19,7 @@ import torch
 
 from deltaw import bases, store
 from deltaw.bases.template import mismatches
-from deltaw.errors import Fault
+from deltaw.errors import ConfigError, Fault
 from deltaw.serve import request
 from deltaw.serve.access import within
 from deltaw.serve.banks import Banks
@@ -201,6 +201,9 @@ def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *, bas
     `base` is one that is loaded already. `warn` is told, when an adapter is read, what of its base's storage, template
     or tokenizer is not as it was in training.
     """
+    root = config.adapter_root
+    if root is not None and not Path(root).is_dir():
+        raise ConfigError(Fault("--adapter-root", f"'{root}' is no folder", "a folder that there is"))
     if config.threads:
         torch.set_num_threads(config.threads)
     if base is None:
