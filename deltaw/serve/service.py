@@ -68,6 +68,11 @@ class Service:
         """Their names by number. A number is never used again, not even for new files under the same name."""
         return {entry.number: entry.name for entry in self.engine.pool.entries}
 
+    @property
+    def chats(self) -> bool:
+        """Whether the base has a chat template."""
+        return bool(self._tokenizer.chat_template)
+
     def cards(self) -> list[dict[str, Any]]:
         """What there is to tell of each adapter from memory."""
         return [_brief(entry) for entry in self.engine.pool.entries]

@@ -60,7 +60,8 @@ def router(service: Service) -> APIRouter:
 def _models(service: Service) -> list[dict[str, Any]]:
     """The base, then its adapters, as OpenAI and vLLM describe a model."""
     base = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "deltaw",
-            "root": service.config.model, "parent": None, "max_model_len": service.capacity}
+            "root": service.config.model, "parent": None, "max_model_len": service.capacity,
+            "chat": service.chats}
     return [base, *({"id": card["name"], "object": "model", "created": card["created"], "owned_by": "deltaw",
                      "root": card["path"], "parent": service.name, "rank": card["rank"]} for card in service.cards())]
 
