@@ -97,7 +97,7 @@ def check_document(server: str) -> None:
 
         @hypothesis.given(strategy)
         @hypothesis.settings(max_examples=8, deadline=None, suppress_health_check=list(hypothesis.HealthCheck),
-                             database=None)
+                             database=None, derandomize=True)
         def one(case: Any) -> None:
             case.call_and_validate(checks=every, timeout=30)
 

@@ -95,7 +95,7 @@ def test_cards_tell_rank_and_targets(page: Any) -> None:
     facts = dict(zip(names, values, strict=True))
     assert facts["rank"] == str(SHAPES["small"]["r"])
     assert facts["changes"] == ", ".join(SHAPES["small"]["target_modules"])
-    assert facts["size"].endswith("MiB")
+    assert facts["size"].endswith("KiB")
     assert "saved" in facts
 
 

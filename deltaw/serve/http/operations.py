@@ -23,14 +23,15 @@ POLICY = {"Content-Security-Policy": "default-src 'self'; img-src data:; frame-a
           "X-Content-Type-Options": "nosniff"}
 """What the playground may load: its own files, so that no answer can make it run or fetch anything."""
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 503)}
+SAYS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}, "description": "A sentence, as vLLM's."}}
 
 
 def adapters(service: Service) -> APIRouter:
     """The routes that list, load and unload adapters."""
     routes = APIRouter(responses=ERRORS)
 
-    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-    async def load(asked: LoadAdapter) -> str:
+    @routes.post("/v1/load_lora_adapter", response_model=None, responses=SAYS)
+    async def load(asked: LoadAdapter) -> Response:
         """Register an adapter below the server's --adapter-root."""
         _require_runtime_loading(service)
         try:
@@ -40,10 +41,10 @@ def adapters(service: Service) -> APIRouter:
                           param="lora_name", code="already_loaded") from error
         except DeltawError as error:
             raise from_fault(error, code="adapter_refused") from error
-        return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-    async def unload(asked: UnloadAdapter) -> str:
+    @routes.post("/v1/unload_lora_adapter", response_model=None, responses=SAYS)
+    async def unload(asked: UnloadAdapter) -> Response:
         """Forget an adapter; answers under way end with it."""
         _require_runtime_loading(service)
         try:
@@ -51,7 +52,7 @@ def adapters(service: Service) -> APIRouter:
         except StateError as error:
             raise Refused(404, f"The adapter '{asked.lora_name}' does not exist.", param="lora_name",
                           code="model_not_found") from error
-        return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     @routes.get("/lora-adapters")
     async def listed() -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ function factsOf(model) {
   const facts = cards.get(model.id), found = [];
   if (facts.rank) found.push(["rank", String(facts.rank)]);
   if (facts.targets?.length) found.push(["changes", shortened(facts.targets)]);
-  if (facts.bytes) found.push(["size", `${(facts.bytes / 2 ** 20).toFixed(1)} MiB`]);
+  if (facts.bytes) found.push(["size", facts.bytes < 2 ** 20 ? `${(facts.bytes / 2 ** 10).toFixed(1)} KiB` : `${(facts.bytes / 2 ** 20).toFixed(1)} MiB`]);
   if (facts.base) found.push(["base", facts.base]);
   if (facts.created) found.push(["saved", new Date(1000 * facts.created).toLocaleDateString()]);
   for (const [name, value] of Object.entries(facts.training?.after ?? {})) {
