@@ -28,8 +28,11 @@ from deltaw.serve.service import Service, open_service
 from tests.cli.conftest import WORDS, write_base
 from tests.serve.conftest import SHAPES, config, live, write_adapter
 
+Mix = tuple[tuple[str, float], ...]
+Expected = dict[tuple[Mix, str], str]
+BLENDS: tuple[Mix, ...] = ((("small", 0.7), ("wide", -0.3)), (("wide", 0.5), ("head", 1.5), ("scaled", 1.0)))
 PROMPTS = ["is the sky blue ?", "hello", "the sea is green", "world is the sky is the sea is the grass is the world"]
-TOKENS = 24
+TOKENS = 16
 GROWTH_MIB = 60
 NONSENSE: list[dict[str, Any]] = [
     {"model": "nobody", "prompt": "x"}, {"model": "tiny"}, {"model": "tiny", "prompt": "x", "max_tokens": 10**9},
@@ -54,10 +57,11 @@ def soak(folder: Path, seconds: float, clients: int, seed: int) -> dict[str, Any
     base = write_base(folder / "base")
     root = folder / "adapters"
     paths = {name: write_adapter(base, root / name, i, **fields) for i, (name, fields) in enumerate(SHAPES.items())}
-    settings = config(base, places=5, allow_runtime_loading=True, adapter_root=str(root), adapter_memory=1)
+    settings = config(base, places=5, allow_runtime_loading=True, adapter_root=str(root), adapter_memory=1,
+                      auto_merge=1e-9)  # whoever is alone for two steps is merged
+    expected = {(mix, prompt): answer for mix in ((), *(((name, 1.0),) for name in paths), *BLENDS)
+                for prompt, answer in alone(base, {paths[name]: weight for name, weight in mix}).items()}
     with open_service(settings, {}) as service:
-        expected = {(name, prompt): alone(base, paths.get(name), prompt) for name in ("tiny", *paths)
-                    for prompt in PROMPTS}
         for name, path in paths.items():
             service.engine.pool.register(name, path)
         service.engine.pool.budget = 40_000  # not enough for all, so that they come and go
@@ -65,14 +69,27 @@ def soak(folder: Path, seconds: float, clients: int, seed: int) -> dict[str, Any
             return run(service, url, expected, seconds, clients, seed)
 
 
-def alone(base: Path, adapter: Path | None, prompt: str) -> str:
-    """The greedy answer of transformers and PEFT."""
+def alone(base: Path, adapters: dict[Path, float]) -> dict[str, str]:
+    """The greedy answers of transformers and PEFT to each prompt, with these adapters at these weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+    for i, adapter in enumerate(adapters):
+        if i:
+            model.load_adapter(adapter, adapter_name=adapter.name)
+        else:
+            model = PeftModel.from_pretrained(model, adapter, adapter_name=adapter.name)
+    if adapters:
+        model.base_model.set_adapter([adapter.name for adapter in adapters])
+        for layer in [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]:
+            for adapter, weight in adapters.items():
+                if adapter.name in layer.scaling:
+                    layer.scaling[adapter.name] *= weight
+    return {prompt: greedy(model.eval(), prompt) for prompt in PROMPTS}
+
+
+def greedy(model: Any, prompt: str) -> str:
     ids = [WORDS.index(word) for word in prompt.split()]
     start = len(ids)
     with torch.no_grad():
@@ -82,7 +99,7 @@ def alone(base: Path, adapter: Path | None, prompt: str) -> str:
     return " ".join(WORDS[token] for token in ids[start:] if WORDS[token] not in special)
 
 
-def run(service: Service, url: str, expected: dict[tuple[str, str], str], seconds: float, clients: int,
+def run(service: Service, url: str, expected: Expected, seconds: float, clients: int,
         seed: int) -> dict[str, Any]:
     done: Counter[str] = Counter()
     wrong: list[str] = []
@@ -103,14 +120,15 @@ def run(service: Service, url: str, expected: dict[tuple[str, str], str], second
             "pinned": sum(entry.pins for entry in service.engine.pool._by_number.values())}
     ok = not wrong and not any(left.values()) and growth < GROWTH_MIB and done["right"] > 0
     return {"ok": ok, "seconds": seconds, "done": dict(done), "wrong": dict(Counter(wrong).most_common(5)),
-            "left": left, "growth_mib": round(growth, 1), "loads": service.engine.pool.loads,
+            "left": left, "merges": service.engine._merge.merges if service.engine._merge else 0,
+            "growth_mib": round(growth, 1), "loads": service.engine.pool.loads,
             "evictions": service.engine.pool.evictions}
 
 
-def client(url: str, expected: dict[tuple[str, str], str], end: float, rng: random.Random, done: Counter[str],
+def client(url: str, expected: Expected, end: float, rng: random.Random, done: Counter[str],
            wrong: list[str]) -> None:
     """One client: mostly questions, sometimes something else."""
-    kinds = [ask] * 6 + [leave, nonsense, reload]
+    kinds = [ask] * 4 + [stream] * 2 + [leave, nonsense, reload, rest]
     with httpx.Client(base_url=url, timeout=900) as http:
         while time.monotonic() < end:
             try:
@@ -121,21 +139,49 @@ def client(url: str, expected: dict[tuple[str, str], str], end: float, rng: rand
                 wrong.append(repr(error))
 
 
-def ask(http: httpx.Client, expected: dict[tuple[str, str], str], rng: random.Random) -> str:
-    (name, prompt), answer = rng.choice(list(expected.items()))
-    reply = http.post("/v1/completions", json={"model": name, "prompt": prompt, "temperature": 0, "ignore_eos": True,
-                                               "max_tokens": TOKENS})
+def question(mix: Mix, prompt: str) -> dict[str, Any]:
+    """A request for the greedy answer: the base, an adapter by its name, or a blend."""
+    named = mix[0][0] if len(mix) == 1 and mix[0][1] == 1 else "tiny"
+    blend = {} if named != "tiny" or not mix else {"lora": [{"id": name, "scale": weight} for name, weight in mix]}
+    return {"model": named, "prompt": prompt, "temperature": 0, "ignore_eos": True, "max_tokens": TOKENS} | blend
+
+
+def check(got: str, mix: Mix, prompt: str, answer: str) -> None:
+    assert got.split() == answer.split(), f"{mix}, {prompt!r}: {got!r} instead of {answer!r}"
+
+
+def ask(http: httpx.Client, expected: Expected, rng: random.Random) -> str:
+    (mix, prompt), answer = rng.choice(list(expected.items()))
+    reply = http.post("/v1/completions", json=question(mix, prompt))
     if reply.status_code == 404:  # unloaded just now
         return "unloaded"
     assert reply.status_code == 200, reply.text
-    got = " ".join(reply.json()["choices"][0]["text"].split())
-    assert got == answer, f"{name}, {prompt!r}: {got!r} instead of {answer!r}"
-    return "right"
+    check(reply.json()["choices"][0]["text"], mix, prompt, answer)
+    return "right blend" if len(mix) > 1 else "right"
 
 
-def leave(http: httpx.Client, expected: dict[tuple[str, str], str], rng: random.Random) -> str:
+def stream(http: httpx.Client, expected: Expected, rng: random.Random) -> str:
+    (mix, prompt), answer = rng.choice(list(expected.items()))
+    with http.stream("POST", "/v1/completions", json=question(mix, prompt) | {"stream": True}) as reply:
+        if reply.status_code == 404:
+            return "unloaded"
+        assert reply.status_code == 200, reply.read()
+        events = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert events[-1] == "[DONE]", events[-1]
+    check("".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]), mix, prompt, answer)
+    return "right stream"
+
+
+def rest(http: httpx.Client, expected: object, rng: random.Random) -> str:
+    """Ask for nothing for a while, so that others are alone at times."""
+    time.sleep(rng.random() / 5)
+    return "rested"
+
+
+def leave(http: httpx.Client, expected: Expected, rng: random.Random) -> str:
     """Read a few events of a stream, then go."""
-    name, prompt = rng.choice(list(expected))
+    mix, prompt = rng.choice(list(expected))
+    name = question(mix, prompt)["model"]
     with http.stream("POST", "/v1/completions", json={"model": name, "prompt": prompt, "stream": True,
                                                       "max_tokens": 40, "n": 2}) as reply:
         lines = reply.iter_lines()
@@ -154,8 +200,9 @@ def reload(http: httpx.Client, expected: object, rng: random.Random) -> str:
     name = rng.choice(list(SHAPES))
     status = http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code
     assert status in (200, 404), status
-    status = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name}).status_code
-    assert status in (200, 409), status
+    reply = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name,
+                                                     "load_inplace": rng.random() < 0.5})
+    assert reply.status_code == 200 or reply.json()["error"]["code"] == "already_loaded", reply.text
     return "reloaded"
 
 

@@ -59,6 +59,25 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation
     return str(text)
 
 
+def mismatches(facts: Mapping[str, Any], *, quantized: str | None, template: str | None, tokenizer: str) -> list[str]:
+    """What an adapter's facts record about its base's storage, template and tokenizer, and this base has otherwise.
+
+    `template` and `tokenizer` are the base's hashes.
+    """
+    found = []
+    stored = facts.get("quantized")
+    if stored != quantized:
+        found.append(f"It was trained on this base in {stored or 'plain numbers'}, and it is loaded in "
+                     f"{quantized or 'plain numbers'}; its answers may differ a little.")
+    if "template" in facts:
+        text = describe_mismatch(facts["template"], template)
+        found += [text] if text else []
+    recorded = facts.get("tokenizer")
+    if isinstance(recorded, str) and recorded != tokenizer:
+        found.append("It was trained with another tokenizer than this base's; its answers may be wrong.")
+    return found
+
+
 def describe_mismatch(recorded: str | None, current: str | None) -> str | None:
     """One sentence on two template hashes that differ, or None when they are the same."""
     if recorded == current:

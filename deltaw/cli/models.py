@@ -129,20 +129,10 @@ def recorded_base(adapters: Mapping[str, Adapter | SavedBaseline]) -> str:
 
 def mismatches(adapter: Adapter | SavedBaseline, base: Base) -> list[str]:
     """What the adapter records about its base's quantization, template and tokenizer, and this base has otherwise."""
-    from deltaw import bases
+    from deltaw.bases import template
 
-    found = []
-    stored = adapter.facts.get("quantized")
-    if stored != base.quantized:
-        found.append(f"It was trained on this base in {stored or 'plain numbers'}, and it is loaded in "
-                     f"{base.quantized or 'plain numbers'}; its answers may differ a little.")
-    if "template" in adapter.facts:
-        text = bases.describe_mismatch(adapter.facts["template"], bases.template_hash(base.tokenizer))
-        found += [text] if text else []
-    recorded = adapter.facts.get("tokenizer")
-    if isinstance(recorded, str) and recorded != bases.tokenizer_hash(base.tokenizer):
-        found.append("It was trained with another tokenizer than this base's; its answers may be wrong.")
-    return found
+    return template.mismatches(adapter.facts, quantized=base.quantized, template=template.template_hash(base.tokenizer),
+                               tokenizer=template.tokenizer_hash(base.tokenizer))
 
 
 def training_facts(adapter: Adapter | SavedBaseline | None) -> dict[str, Any]:

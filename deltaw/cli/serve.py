@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from deltaw.cli.build import build
 from deltaw.cli.main import VERBS
-from deltaw.cli.options import add_options, given
+from deltaw.cli.options import add_options, given, option_name
 from deltaw.cli.output import print_json, say
 from deltaw.cli.parser import Parser, UsageError
 from deltaw.errors import ConfigError, Fault, MissingDependencyError
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if not config.is_local and config.api_key is None:
         say(f"warning: anyone who reaches {config.host} can use this server; --api-key asks for a key")
     if config.engine == "vllm":
-        start_vllm(config, adapters)
+        start_vllm(config, adapters, values)
     else:
         start(config, adapters, as_json=bool(vars(options).get("json")))
 
@@ -67,6 +68,9 @@ def find(given: list[str]) -> dict[str, Path]:
     for text in given:
         name, equals, path = text.partition("=")
         folder = Path(text).expanduser()
+        if equals and not (name and path):
+            faults.append(f"--adapters: got '{text}'; expected NAME=FOLDER or FOLDER")
+            continue
         if equals and not folder.exists():
             more = {name: Path(path).expanduser()}
         elif folder.is_dir():
@@ -99,12 +103,13 @@ def start(config: ServeConfig, adapters: dict[str, Path], *, as_json: bool) -> N
     opened = server.listen(config.host, config.port)
     try:
         say(f"loading {config.model}")
-        with open_service(config, adapters) as service:
+        with open_service(config, adapters, warn=lambda text: say(f"warning: {text}")) as service:
             say(service.says)
             address = f"http://{config.host}:{opened.getsockname()[1]}"
 
             def ready() -> None:
-                say(f"serving {service.name} and {len(adapters)} adapters at {address} (stop with Ctrl-C)")
+                count = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
+                say(f"serving {service.name} and {count} at {address} (stop with Ctrl-C)")
                 if as_json:
                     print_json({"url": address, "model": service.name, "adapters": sorted(adapters)})
 
@@ -113,8 +118,8 @@ def start(config: ServeConfig, adapters: dict[str, Path], *, as_json: bool) -> N
         opened.close()
 
 
-def start_vllm(config: ServeConfig, adapters: dict[str, Path]) -> None:
-    """Become vLLM."""
+def start_vllm(config: ServeConfig, adapters: dict[str, Path], values: Mapping[str, object]) -> None:
+    """Become vLLM; options that were given, and that it knows nothing of, are told."""
     from deltaw.serve import vllm
     from deltaw.serve.pool import read_config
 
@@ -124,5 +129,8 @@ def start_vllm(config: ServeConfig, adapters: dict[str, Path]) -> None:
                                 "Start vLLM by hand with VLLM_ALLOW_RUNTIME_LORA_UPDATING if every client is trusted"))
     ranks = [rank for path in adapters.values() if isinstance(rank := read_config(path).get("r"), int)]
     words = vllm.command(config, adapters, max_rank=max(ranks, default=16), python=python)
+    ignored = [option_name(name) for name in values if name in vllm.IGNORED]
+    if ignored:
+        say(f"warning: vLLM goes without {', '.join(ignored)}, which are deltaw's own")
     say(shlex.join(words))
     os.execvpe(python, words, os.environ | vllm.environment(config))

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def next_commands(config: TrainConfig) -> list[str]:
-    """Three commands to try on the new adapter."""
+    """Commands to try on the new adapter."""
     from shlex import quote
 
     adapter, merged = quote(config.out), quote(config.out.rstrip("/") + "-merged")
@@ -97,5 +97,7 @@ def next_commands(config: TrainConfig) -> list[str]:
     asks = f"deltaw generate --adapter {adapter} 'a prompt like those in your data'"
     if config.method != "lora":
         return [asks]
+    stored = "" if config.quantize in (None, "none") else f" --quantize {config.quantize}"
     return [asks, f"deltaw chat --adapter {adapter}",
+            f"deltaw serve --model {quote(config.model)} --adapters {adapter}{stored}",
             f"deltaw merge --model {quote(config.model)} --adapter {adapter} --out {merged}"]

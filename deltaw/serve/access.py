@@ -13,7 +13,8 @@ FILES = (CONFIG_FILE, TENSORS_FILE, RECORD_FILE)
 def within(root: Path, given: str) -> Path:
     """The folder that a client names, relative to `root` or absolute below it; AdapterFileError for any other.
 
-    What is refused does not tell what there is outside of the root.
+    What was allowed once has to be asked again before each reading: a folder can become a link. What is refused does
+    not tell what there is outside of the root.
     """
     refused = AdapterFileError(Fault("lora_path", "is not a folder of an adapter below the server's --adapter-root",
                                      "a path relative to it, without links"))

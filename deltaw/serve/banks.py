@@ -107,7 +107,6 @@ class Banks:
         rank = padded(max(A.shape[0] for A, _ in factors.values()))
         bank = self.banks.setdefault(rank, Bank(rank))
         entry = self._vacant(bank, set(running))
-        bank.entries[entry], self.where[blend] = blend, (bank, entry)
         for site in factors.keys() - bank.stacks.keys():
             self.version += 1
             A_RI, B_RO = factors[site]
@@ -120,6 +119,7 @@ class Banks:
                 if part is not None:
                     whole[entry, :used] = part
                 whole[entry, used:] = 0
+        bank.entries[entry], self.where[blend] = blend, (bank, entry)  # at last: nobody finds what was half copied
 
     def forget(self, number: int) -> None:
         """Give away the entries of all blends with this adapter."""
@@ -138,6 +138,7 @@ class Banks:
             if blend is None or blend not in running:
                 if blend is not None:
                     del self.where[blend]
+                bank.entries[entry] = None
                 return entry
         size = len(bank.entries)
         bank.entries += [None] * max(1, size)

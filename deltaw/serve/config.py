@@ -21,6 +21,10 @@ class ServeConfig:
     """Where to compute: cpu, cuda, mps, or auto (a GPU where there is one)."""
     dtype: str = "auto"
     """Number format of the base: bf16, fp32, fp16, or auto (bf16 where the processor is fast at it)."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Store the base's linear layers in 4 or 8 bits while it is loaded: nf4, fp4 or int8."""
+    double_quant: bool = True
+    """With nf4 and fp4, pack the scales of the blocks too."""
     any_base: bool = False
     """Serve adapters although they were made for another base of the same shapes."""
     served_name: str | None = None
@@ -77,6 +81,9 @@ class ServeConfig:
         if self.allow_runtime_loading and self.adapter_root is None:
             faults.append(Fault("ServeConfig.allow_runtime_loading", "is on without a folder to load from",
                                 "--adapter-root too"))
+        if self.quantize != "none" and self.engine == "vllm":
+            faults.append(Fault("ServeConfig.quantize", f"is {self.quantize}, which --engine vllm cannot be told",
+                                "--engine deltaw, or a base that is stored quantized"))
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             faults.append(Fault("ServeConfig.api_key", "cannot be sent in a header", "printable ASCII characters"))
         if faults:

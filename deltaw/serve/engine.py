@@ -3,8 +3,9 @@
     submit, cancel, call     from any thread; nothing of the engine's state is touched outside its own thread
     a step                   plan (scheduler), enter adapters (pool → banks), forward (runner), choose (sampler), tell
 
-What fails for one adapter ends the requests that use it; what fails in a forward ends those that ran. The engine goes
-on.
+What fails for one adapter ends the requests that use it; what fails in a forward ends those that ran; what fails where
+nothing was foreseen ends all that is open. The engine goes on. Should its thread end all the same, whatever is asked of
+it fails at once with `EngineStopped`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from deltaw.errors import DeltawError
 from deltaw.serve.banks import Banks, Factors, blended
 from deltaw.serve.fit import Fitted
 from deltaw.serve.merging import AutoMerge
 from deltaw.serve.pool import Pool
-from deltaw.serve.request import Blend, Event, FinishReason, OnEvent, SamplingParams, Sequence
+from deltaw.serve.request import Blend, EngineStopped, Event, FinishReason, OnEvent, SamplingParams, Sequence
 from deltaw.serve.runner import Runner
 from deltaw.serve.sampling import Sampler
 from deltaw.serve.scheduler import Chunk, Scheduler, Step
@@ -47,6 +49,28 @@ class Counters:
     step_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[R]):
+    """A function for the engine's thread, and who waits for its result."""
+
+    function: Callable[[], R]
+    result: Future[R]
+
+    def do(self) -> None:
+        """Run it, unless nobody waits any more."""
+        if not self.result.set_running_or_notify_cancel():
+            return
+        try:
+            self.result.set_result(self.function())
+        except BaseException as error:
+            self.result.set_exception(error)
+
+    def refuse(self) -> None:
+        """Say that it will not be run."""
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_exception(EngineStopped("The engine has stopped."))
+
+
 class Engine:
     """Serves sequences over one model; `start` it, `submit` to it, `stop` it."""
 
@@ -56,7 +80,9 @@ class Engine:
         self.scheduler, self.pool, self.counters = scheduler, pool, Counters()
         self._runner, self._banks, self._decode, self._ends = runner, banks, decode, frozenset(ends)
         self._sampler, self._merge = sampler or Sampler(), merge
-        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Asked[Any] | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._closed = False
         self._texts: dict[int, TextStream] = {}
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._loop, name="deltaw-engine", daemon=True)
@@ -79,11 +105,13 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, prompt: Iterable[int], mix: Mapping[str, float], params: SamplingParams,
-               on_events: Iterable[OnEvent], *, deadline: float = float("inf")) -> Future[list[Sequence]]:
+               on_events: Iterable[OnEvent], *, deadline: float = float("inf"),
+               continues: bool = False) -> Future[list[Sequence]]:
         """Let one answer for each of `on_events` be written, with these adapters and weights; empty is the base.
 
-        `deadline` is in seconds of `time.monotonic`. The result fails with `QueueFull`, and with `StateError` for an
-        unknown adapter. Several answers to one request with a seed get seeds that follow each other.
+        `deadline` is in seconds of `time.monotonic`. Where an answer's text `continues` the prompt's, its first space
+        is part of it. The result fails with `QueueFull`, with `StateError` for an unknown adapter, and with
+        `EngineStopped`. Several answers to one request with a seed get seeds that follow each other.
         """
         tokens = tuple(prompt)
 
@@ -94,7 +122,7 @@ class Engine:
             self.scheduler.add(*sequences)
             for sequence in sequences:
                 self.pool.pin(blend)
-                self._texts[sequence.number] = TextStream(self._decode, params.stop)
+                self._texts[sequence.number] = TextStream(self._decode, params.stop, tokens if continues else ())
             return sequences
 
         return self.call(add)
@@ -108,27 +136,44 @@ class Engine:
         self.call(end)
 
     def call(self, function: Callable[[], R]) -> Future[R]:
-        """Run a function in the engine's thread, between two steps."""
-        result: Future[R] = Future()
-
-        def run() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
-        self._asked.put(run)
-        return result
+        """Run a function in the engine's thread, between two steps; a result that is cancelled before is not made."""
+        asked: Asked[R] = Asked(function, Future())
+        with self._gate:
+            if not self._closed:
+                self._asked.put(asked)
+                return asked.result
+        asked.refuse()
+        return asked.result
 
     # -- in the engine's thread --------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while not self._stopping:
-            self._listen()
-            if not self.scheduler.idle:
-                self.step()
-        for sequence in list(self.scheduler.sequences()):
-            self._end(sequence, "cancelled")
+        try:
+            while not self._stopping:
+                try:
+                    self._listen()
+                    if not self.scheduler.idle:
+                        self.step()
+                except Exception as error:  # nothing that was foreseen: all that is open is told, and the next can come
+                    traceback.print_exc()
+                    for sequence in list(self.scheduler.sequences()):
+                        self._fail(sequence, error)
+            for sequence in list(self.scheduler.sequences()):
+                self._end(sequence, "cancelled")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Refuse what is asked from now on, and tell whoever still listens: nobody is left to do it."""
+        with self._gate:
+            self._closed = True
+        for sequence in self.scheduler.sequences():
+            with suppress(Exception):
+                sequence.on_event(Event(finish="error", error="The engine has stopped."))
+        while not self._asked.empty():
+            asked = self._asked.get()
+            if asked is not None:
+                asked.refuse()
 
     def _listen(self) -> None:
         """Do what was asked; wait for something where there is nothing else to do."""
@@ -142,7 +187,7 @@ class Engine:
             if asked is None:
                 self._stopping = True
                 return
-            asked()
+            asked.do()
 
     def step(self) -> None:
         """One step: everybody who runs gets a token, or a part of their prompt computed."""
@@ -180,7 +225,9 @@ class Engine:
             try:
                 if blend != self._banks.merged and blend not in self._banks.where:
                     self._banks.enter(blend, self.factors(blend), running)
-            except (DeltawError, OSError) as error:
+            except Exception as error:  # a file can be damaged in any way
+                if not isinstance(error, (DeltawError, OSError)):
+                    traceback.print_exc()
                 for chunk in [c for c in step.chunks if c.sequence.blend == blend]:
                     step.chunks.remove(chunk)
                     self._fail(chunk.sequence, error)
@@ -205,7 +252,7 @@ class Engine:
         reused = sequence.reused if len(sequence.written) == 1 else 0
         event = Event(piece, (token,), logprobs, finish, reused=reused)  # type: ignore[arg-type]
         if finish is None:
-            sequence.on_event(event)
+            self._report(sequence, event)
         else:
             self._end(sequence, finish, event)
 
@@ -221,7 +268,15 @@ class Engine:
         self._sampler.forget(sequence)
         self.pool.unpin(sequence.blend)
         self.counters.finished[finish] = self.counters.finished.get(finish, 0) + 1
-        sequence.on_event(event or Event(finish=finish))
+        self._report(sequence, event or Event(finish=finish))
+
+    def _report(self, sequence: Sequence, event: Event) -> None:
+        """Tell whoever listens; one that fails, such as a loop that was closed, ends its own sequence alone."""
+        try:
+            sequence.on_event(event)
+        except Exception:
+            traceback.print_exc()
+            self._end(sequence, "cancelled")
 
     def _count(self, step: Step, complete: list[Chunk], seconds: float) -> None:
         counters = self.counters

@@ -39,7 +39,11 @@ class AutoMerge:
             self.undo()
             self._alone, self._since = (next(iter(asked)) if len(asked) == 1 else BASE), now
         elif self._alone != BASE and self._undo is None and now - self._since >= self.after:
-            self.merge(self._alone, factors(self._alone))
+            try:
+                self.merge(self._alone, factors(self._alone))
+            except Exception:  # it runs beside the base then, or what is wrong with it is told there
+                self.undo()
+                self._since = float("inf")
         return self.merged if self._undo is not None else None
 
     @torch.no_grad()

@@ -31,6 +31,8 @@ class Sized(Protocol):
 
 
 T = TypeVar("T", bound=Sized)
+Check = Callable[[Path], object]
+"""Raises AdapterFileError for a folder that may not be read; asked again each time before and after it is."""
 Identity = tuple[int, int, int, int]
 
 
@@ -41,11 +43,12 @@ class Entry(Generic[T]):
     number: int
     name: str
     path: Path
-    identity: Identity | None
+    identity: Identity
     rank: int
     targets: tuple[str, ...]
     file_bytes: int
     created: int
+    check: Check
     loaded: T | None = None
     pins: int = 0
     used: int = 0
@@ -83,15 +86,37 @@ class Pool(Generic[T]):
                                    near(name, self._by_name)))
         return self._by_name[name]
 
-    def register(self, name: str, path: str | Path) -> Entry[T]:
+    def register(self, name: str, path: str | Path, check: Check = lambda folder: None) -> Entry[T]:
         """Note an adapter without reading its tensors; raises AdapterFileError or ConfigError for what is none."""
+        self._require_name(name)
+        return self._put(self._made(name, Path(path), check))
+
+    def load(self, name: str, path: Path, check: Check, *, replace: bool = False,
+             running: Collection[int] = ()) -> Entry[T]:
+        """As `register`, and read it at once: nothing changes where it cannot be used. `replace` takes over a name."""
+        self._require_name(name, replace=replace)
+        entry = self._made(name, path, check)
+        self._by_number[entry.number] = entry
+        try:
+            self.get(entry.number, running)
+        except BaseException:
+            self._retire(entry)
+            raise
+        return self._put(entry)
+
+    def _require_name(self, name: str, *, replace: bool = False) -> None:
         if not name or len(name) > 200 or not name.isprintable() or name in self._reserved:
             raise ConfigError(Fault(f"adapter name '{name}'", "cannot be used", "a printable name of at most 200 "
                                     "characters that is not the base's"))
-        if name in self._by_name:
+        if name in self._by_name and not replace:
             raise StateError(Fault(f"adapter '{name}'", "is registered already", "a new name", "Unload it first"))
-        entry = self._made(name, Path(path))
-        self._by_name[name] = self._by_number[entry.number] = entry
+
+    def _put(self, entry: Entry[T]) -> Entry[T]:
+        """Give an entry its name; requests that use what had it go on."""
+        before = self._by_name.get(entry.name)
+        self._by_name[entry.name] = self._by_number[entry.number] = entry
+        if before is not None:
+            self._retire(before)
         return entry
 
     def unregister(self, name: str) -> None:
@@ -104,10 +129,7 @@ class Pool(Generic[T]):
         """The number of what is in a name's folder now."""
         entry = self.entry(name)
         if _identity(entry.path) != entry.identity:
-            fresh = self._made(name, entry.path)
-            self._by_name[name] = self._by_number[fresh.number] = fresh
-            self._retire(entry)
-            entry = fresh
+            entry = self._put(self._made(name, entry.path, entry.check))
         return entry.number
 
     # -- which are in memory -----------------------------------------------------------------------------------------
@@ -126,12 +148,18 @@ class Pool(Generic[T]):
                 self._retire(entry)
 
     def get(self, number: int, running: Collection[int] = ()) -> T:
-        """An adapter in memory, read if need be; others than those that run make room."""
+        """An adapter in memory, read if need be; others than those that run make room.
+
+        Raises AdapterFileError where the folder holds something else by now than when the number was given out.
+        """
         entry = self._by_number[number]
         self._clock += 1
         entry.used = self._clock
         if entry.loaded is None:
-            entry.loaded = self._load(entry.path)
+            _require_unchanged(entry)
+            loaded = self._load(entry.path)
+            _require_unchanged(entry)  # nor while it was read
+            entry.loaded = loaded
             self.loads += 1
             self._make_room({number, *running})
         return entry.loaded
@@ -154,16 +182,19 @@ class Pool(Generic[T]):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _made(self, name: str, path: Path) -> Entry[T]:
+    def _made(self, name: str, path: Path, check: Check) -> Entry[T]:
+        check(path)
         folder = find_folder(path, revision=None, subfolder=None)
         config = read_config(folder)
         self._numbers += 1
         targets = config.get("target_modules") or ()
         listed = (targets,) if isinstance(targets, str) else tuple(map(str, targets))
         rank = config.get("r")
-        status = (folder / TENSORS_FILE).stat()
-        return Entry(self._numbers, name, folder, _identity(folder), rank if isinstance(rank, int) else 0,
-                     tuple(intern(target) for target in sorted(listed)), status.st_size, int(status.st_mtime))
+        identity = _identity(folder)
+        if identity is None:
+            raise AdapterFileError(Fault(str(folder), "went away while it was read", "an adapter's folder"))
+        return Entry(self._numbers, name, folder, identity, rank if isinstance(rank, int) else 0,
+                     tuple(intern(target) for target in sorted(listed)), identity[2], identity[1] // 10**9, check)
 
     def _size(self, number: int) -> int:
         entry = self._by_number[number]
@@ -214,6 +245,14 @@ def adapters_in(folder: Path) -> tuple[dict[str, Path], list[str]]:
             except DeltawError as error:
                 skipped.append(str(error))
     return found, skipped
+
+
+def _require_unchanged(entry: Entry[Any]) -> None:
+    """Raise unless an entry's folder may still be read, and holds what it held when it was noted."""
+    entry.check(entry.path)
+    if _identity(entry.path) != entry.identity:
+        raise AdapterFileError(Fault(f"adapter '{entry.name}'", "was replaced while a request waited for it",
+                                     "the same files", "Ask again, and the new ones answer"))
 
 
 def _identity(folder: Path) -> Identity | None:

@@ -21,6 +21,10 @@ so that a cache filled under a name cannot be taken for that of a later adapter 
 BASE: Blend = ()
 
 
+class EngineStopped(Exception):
+    """The engine's thread has ended, and nobody answers any more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of an answer are chosen."""

@@ -4,14 +4,15 @@ The fastest way is the kernel of `native/`, for models of Llama's structure on a
 everywhere else, for every model of transformers whose attention can be replaced and does nothing that
 `cache` does not know. Whether that holds is not read from a list of models: a short trial compares its logits with the
 model's own. A model that fails it (recurrent states, position biases inside attention) runs sequence by sequence with a
-cache of transformers; slower, and as correct.
+cache that it makes itself; slower, and as correct. What such a cache is good for is tried out too: recurrent models go
+on from theirs by one token, but not all of them by several.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence as Rows
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,15 +93,24 @@ class RowRunner:
         return logits if self._keeps_logits else logits.index_select(0, at)
 
 
+Keeps = Literal["parts", "whole", "nothing"]
+"""What a model's cache is good for: to go on with several tokens, with one, or not at all."""
+CACHES = ("past_key_values", "cache_params", "state")
+"""What models call the cache that they take and give back."""
+
+
 class ApartRunner:
     """Each sequence by itself, with a cache of its own that the model makes."""
 
     reuses = False
     merges = True
-    says = "steps run in the model's own layers, each sequence by itself: it cannot run with others in one row"
 
-    def __init__(self, model: Any, banks: Banks) -> None:
-        self.model, self.banks, self.device = model, banks, next(model.parameters()).device
+    def __init__(self, model: Any, banks: Banks, keeps: Keeps = "nothing") -> None:
+        self.model, self.banks, self.device, self.keeps = model, banks, next(model.parameters()).device, keeps
+        self.says = "steps run in the model's own layers, each sequence by itself: it cannot run with others in one row"
+        self.says += ", and is computed anew for each token" if keeps == "nothing" else ""
+        asked = inspect.signature(model.forward).parameters
+        self._cache = next((name for name in CACHES if name in asked), "")
         self._caches: dict[int, Any] = {}
 
     def begin(self, start: Start) -> None:
@@ -109,23 +119,27 @@ class ApartRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Rows[Chunk]) -> tuple[list[Chunk], Tensor]:
-        """One forward for each chunk."""
-        logits = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            self.banks.lay_out([(sequence.blend, chunk.end - chunk.start)])
-            ids = torch.tensor([sequence.tokens(chunk.start, chunk.end)], device=self.device)
-            try:
-                out = self.model(input_ids=ids, past_key_values=self._caches.get(sequence.place), use_cache=True,
-                                 return_dict=True)
-            finally:
-                self.banks.clear()
-            cached = getattr(out, "past_key_values", None)
-            self._caches[sequence.place] = cached if cached is not None else getattr(out, "cache_params", None)
-            if chunk.completes:
-                logits.append(out.logits[0, -1])
-        complete = [chunk for chunk in chunks if chunk.completes]
-        return complete, torch.stack(logits) if logits else torch.empty(0)
+        """One forward for each chunk; where the cache is not good for parts, they are computed with the last."""
+        computed = [(chunk, self._forward(chunk)) for chunk in chunks if chunk.completes or self.keeps == "parts"]
+        logits = [found for chunk, found in computed if chunk.completes]
+        return [chunk for chunk in chunks if chunk.completes], torch.stack(logits) if logits else torch.empty(0)
+
+    def _forward(self, chunk: Chunk) -> Tensor:
+        """The logits (V,) after the last token of a chunk."""
+        sequence = chunk.sequence
+        held = self._caches.get(sequence.place)
+        start = 0 if held is None else chunk.start
+        self.banks.lay_out([(sequence.blend, chunk.end - start)])
+        ids = torch.tensor([sequence.tokens(start, chunk.end)], device=self.device)
+        options = {} if self.keeps == "nothing" else {self._cache: held, "use_cache": True}
+        try:
+            out = self.model(input_ids=ids, return_dict=True, **options)
+        finally:
+            self.banks.clear()
+        if options:
+            self._caches[sequence.place] = getattr(out, self._cache)
+        logits: Tensor = out.logits[0, -1]
+        return logits
 
 
 def choose_runner(model: nn.Module, banks: Banks, *, places: int, capacity: int, kernel: bool = True) -> Runner:
@@ -137,7 +151,7 @@ def choose_runner(model: nn.Module, banks: Banks, *, places: int, capacity: int,
             return _by_kernel(model, banks, places, capacity, expected)
         except NoKernel as error:
             reason = str(error)
-    runner = _in_one_row(model, banks, places, capacity, expected) or ApartRunner(model, banks)
+    runner = _in_one_row(model, banks, places, capacity, expected) or _apart(model, banks, expected)
     runner.says += f" (no kernel: {reason})"
     return runner
 
@@ -172,6 +186,17 @@ def _in_one_row(model: Any, banks: Banks, places: int, capacity: int, expected: 
     return runner
 
 
+def _apart(model: Any, banks: Banks, expected: Rows[Tensor]) -> ApartRunner:
+    ways: tuple[Keeps, ...] = ("parts", "whole")
+    for keeps in ways:
+        try:
+            if _agrees(expected, _trial_together(ApartRunner(model, banks, keeps), model, parts=True)):
+                return ApartRunner(model, banks, keeps)
+        except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+            pass
+    return ApartRunner(model, banks)
+
+
 def _trial_tokens(model: Any) -> list[list[int]]:
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -185,14 +210,17 @@ def _trial_alone(model: Any) -> list[Tensor]:
     return [model(input_ids=torch.tensor([tokens], device=device)).logits[0, -2:] for tokens in _trial_tokens(model)]
 
 
-def _trial_together(runner: Runner, model: Any) -> list[Tensor]:
-    """The same: the first computed as two prompts in one row, the second as two single tokens."""
+def _trial_together(runner: Runner, model: Any, *, parts: bool = False) -> list[Tensor]:
+    """The same: the first computed as two prompts in one row, whole or in `parts`, the second as two single tokens."""
     from deltaw.serve.request import SamplingParams, Sequence
 
     sequences = [Sequence(i, tuple(tokens[:-1]), BASE, SamplingParams(), print, place=2 - 2 * i)
                  for i, tokens in enumerate(_trial_tokens(model))]
     last = [tokens[-1] for tokens in _trial_tokens(model)]
-    _, first = runner.run([Chunk(s, 0, s.length) for s in sequences])
+    split = 2 if parts else 0
+    if parts:
+        runner.run([Chunk(s, 0, split) for s in sequences])
+    _, first = runner.run([Chunk(s, split, s.length) for s in sequences])
     for sequence, token in zip(sequences, last, strict=True):
         sequence.computed = sequence.length
         sequence.written.append(token)

@@ -77,8 +77,11 @@ class Scheduler:
     # -- in and out --------------------------------------------------------------------------------------------------
 
     def add(self, *sequences: Sequence) -> None:
-        """Let sequences wait, all of them or none: `QueueFull` where they would be too many."""
-        if self.waiting + len(sequences) > self.max_waiting:
+        """Let sequences wait, all of them or none: `QueueFull` where they would be too many.
+
+        Those that free places will take do not count.
+        """
+        if self.waiting + len(sequences) > self.max_waiting + len(self.places.free):
             raise QueueFull
         for sequence in sequences:
             if sequence.blend not in self._waiting:

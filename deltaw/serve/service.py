@@ -8,7 +8,7 @@ What changes the engine's state runs in the engine's thread; methods that change
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from deltaw import bases, store
+from deltaw.bases.template import mismatches
+from deltaw.errors import ConfigError, Fault
 from deltaw.serve import request
 from deltaw.serve.access import within
 from deltaw.serve.banks import Banks
@@ -30,6 +32,7 @@ from deltaw.serve.pool import Entry, Pool
 from deltaw.serve.request import OnEvent, SamplingParams
 from deltaw.serve.runner import choose_runner
 from deltaw.serve.scheduler import Scheduler
+from deltaw.serve.text import PromptTooLong, bytes_of, widest_token
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Service:
     started: float
     says: str
     """How steps are computed."""
+    widest: int | None
+    """The most characters that one token stands for, where that is known."""
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -58,6 +63,16 @@ class Service:
         """Names of the registered adapters."""
         return self.engine.pool.names
 
+    @property
+    def adapter_numbers(self) -> dict[int, str]:
+        """Their names by number. A number is never used again, not even for new files under the same name."""
+        return {entry.number: entry.name for entry in self.engine.pool.entries}
+
+    @property
+    def chats(self) -> bool:
+        """Whether the base has a chat template."""
+        return bool(self._tokenizer.chat_template)
+
     def cards(self) -> list[dict[str, Any]]:
         """What there is to tell of each adapter from memory."""
         return [_brief(entry) for entry in self.engine.pool.entries]
@@ -65,25 +80,50 @@ class Service:
     def card(self, name: str) -> dict[str, Any]:
         """All there is to tell of one adapter, from its files too; raises StateError for an unknown one."""
         entry = self.engine.pool.entry(name)
+        entry.check(entry.path)
         return _brief(entry) | card(entry.path)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return min(self.config.max_prompt_tokens or self.capacity, self.capacity - 1)
+
+    @property
+    def most_answers(self) -> int:
+        """How many answers there can be at once: those that are written, and those that wait."""
+        return self.config.places + self.config.max_waiting
+
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation in the base's chat template; raises BaseModelError without one, DataError if it refuses."""
-        text = bases.render(self.base.tokenizer, messages, True)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        """A conversation in the base's chat template; raises BaseModelError without one, DataError if it refuses.
+
+        This and `text_tokens` may be called from any thread. They take a second for each megabyte, and raise
+        `PromptTooLong` before that for a text that can be no prompt.
+        """
+        return self._tokens(bases.render(self.base.tokenizer, messages, True), add_special_tokens=False)
 
     def text_tokens(self, text: str) -> list[int]:
         """A text as it is, with the start token where the tokenizer adds one."""
-        ids = list(self._tokenizer(text)["input_ids"])
+        ids = self._tokens(text)
         while ids and ids[-1] == self._tokenizer.eos_token_id:  # some tokenizers add it, and nothing would follow it
             ids.pop()
         return ids
 
+    def _tokens(self, text: str, **options: bool) -> list[int]:
+        if self.widest is not None and len(text) > self.widest * self.longest_prompt:
+            raise PromptTooLong(Fault("prompt", f"has {len(text)} characters, which are more than "
+                                      f"{len(text) // self.widest} tokens", f"at most {self.longest_prompt} tokens"))
+        return list(self._tokenizer(text, **options)["input_ids"])
+
     def token_text(self, token: int) -> str:
         """The text of one token by itself."""
         return str(self._tokenizer.decode([token]))
+
+    def token_bytes(self, token: int) -> list[int] | None:
+        """The bytes of one token, which may be a part of a character; None where the vocabulary does not tell."""
+        found = bytes_of(self._tokenizer, token)
+        return None if found is None else list(found)
 
     @property
     def vocabulary(self) -> int:
@@ -93,9 +133,10 @@ class Service:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def submit(self, prompt: Iterable[int], mix: Mapping[str, float], params: SamplingParams,
-               on_events: Iterable[OnEvent]) -> Future[list[request.Sequence]]:
+               on_events: Iterable[OnEvent], *, continues: bool = False) -> Future[list[request.Sequence]]:
         """Have answers written; see `Engine.submit`."""
-        return self.engine.submit(prompt, mix, params, on_events, deadline=time.monotonic() + self.config.timeout)
+        return self.engine.submit(prompt, mix, params, on_events, continues=continues,
+                                  deadline=time.monotonic() + self.config.timeout)
 
     def cancel(self, sequences: Iterable[request.Sequence]) -> None:
         """End answers; their places are free at the next step."""
@@ -103,18 +144,19 @@ class Service:
 
     # -- adapters at run time ----------------------------------------------------------------------------------------
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """Register an adapter below the root and check it whole; nothing is registered if it does not fit."""
+    def load_adapter(self, name: str, path: str, replace: bool = False) -> None:
+        """Register an adapter below the root and check it whole; nothing is registered if it does not fit.
+
+        StateError for a name that is registered, unless it is to be replaced.
+        """
         assert self.config.adapter_root is not None
-        folder = within(Path(self.config.adapter_root), path)
+        root = Path(self.config.adapter_root)
+        folder = within(root, path)
 
         def load() -> None:
-            entry = self.engine.pool.register(name, folder)
-            try:
-                self.engine.pool.get(entry.number, {n for s in self.engine.scheduler.running for n, _ in s.blend})
-            except BaseException:
-                self.engine.pool.unregister(name)
-                raise
+            running = {n for s in self.engine.scheduler.running for n, _ in s.blend}
+            self.engine.pool.load(name, folder, lambda found: within(root, str(found)), replace=replace,
+                                  running=running)
 
         self._do(load)
 
@@ -157,17 +199,23 @@ class Service:
 
 
 @contextmanager
-def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *,
-                 base: bases.Base | None = None) -> Iterator[Service]:
+def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *, base: bases.Base | None = None,
+                 warn: Callable[[str], None] = lambda text: None) -> Iterator[Service]:
     """A running service, stopped at the end of the block; raises for a base or an adapter that cannot be served.
 
-    `base` is one that is loaded already.
+    `base` is one that is loaded already. `warn` is told, when an adapter is read, what of its base's storage, template
+    or tokenizer is not as it was in training.
     """
+    root = config.adapter_root
+    if root is not None and not Path(root).is_dir():
+        raise ConfigError(Fault("--adapter-root", f"'{root}' is no folder", "a folder that there is"))
     if config.threads:
         torch.set_num_threads(config.threads)
     if base is None:
-        base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device))
-    service = build(config, base)
+        base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device),
+                               quantize=None if config.quantize == "none" else config.quantize,
+                               double_quant=config.double_quant)
+    service = build(config, base, warn)
     for name, path in adapters.items():
         service.engine.pool.register(name, path)
     service.engine.start()
@@ -177,7 +225,7 @@ def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *,
         service.close()
 
 
-def build(config: ServeConfig, base: bases.Base) -> Service:
+def build(config: ServeConfig, base: bases.Base, warn: Callable[[str], None] = lambda text: None) -> Service:
     """A service over a loaded base, whose engine is not started."""
     model: Any = base.model.eval()
     for parameter in model.parameters():
@@ -188,10 +236,7 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     banks = Banks(fitting.site_map.modules, dtype=weight.dtype, device=weight.device)
     runner = choose_runner(model, banks, places=config.places, capacity=capacity, kernel=config.kernel)
 
-    def load(path: Path) -> Fitted:
-        return fitting.fit(store.load(path))
-
-    pool = Pool(load, budget=config.adapter_memory * MIB, on_gone=banks.forget,
+    pool = Pool(_reader(base, fitting, warn), budget=config.adapter_memory * MIB, on_gone=banks.forget,
                 reserved=(config.served_name or config.model,))
     scheduler = Scheduler(places=config.places, prefill_tokens=config.prefill_tokens, max_waiting=config.max_waiting,
                           remember=runner.reuses)
@@ -202,9 +247,25 @@ def build(config: ServeConfig, base: bases.Base) -> Service:
     engine = Engine(runner, scheduler, pool, banks, merge=merge,
                     decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
                     ends=bases.stop_tokens(model, tokenizer, [bases.turn_end(tokenizer)]))
-    return Service(config, base, engine, banks, capacity, time.time(), runner.says)
+    return Service(config, base, engine, banks, capacity, time.time(), runner.says, widest_token(tokenizer))
+
+
+def _reader(base: bases.Base, fitting: Fitting, warn: Callable[[str], None]) -> Callable[[Path], Fitted]:
+    """What reads an adapter's folder, checks it, and tells how its base differs from the one it was trained on."""
+    expected: dict[str, Any] = {"quantized": base.quantized, "template": bases.template_hash(base.tokenizer),
+                                "tokenizer": bases.tokenizer_hash(base.tokenizer)}
+
+    def load(path: Path) -> Fitted:
+        adapter = store.load(path)
+        fitted = fitting.fit(adapter)
+        for text in mismatches(adapter.facts, **expected):
+            warn(f"adapter '{path}': {text}")
+        return fitted
+
+    return load
 
 
 def _brief(entry: Entry[Fitted]) -> dict[str, Any]:
-    return {"name": entry.name, "path": str(entry.path), "rank": entry.rank, "targets": list(entry.targets),
-            "bytes": entry.file_bytes, "created": entry.created, "in_memory": entry.loaded is not None}
+    return {"number": entry.number, "name": entry.name, "path": str(entry.path), "rank": entry.rank,
+            "targets": list(entry.targets), "bytes": entry.file_bytes, "created": entry.created,
+            "in_memory": entry.loaded is not None}

@@ -19,7 +19,7 @@ FAST = ["--max-steps", "40", "--batch-size", "4", "--learning-rate", "0.02", "--
         "--device", "cpu", "--dtype", "fp32"]
 
 
-def write_base(folder: Path, *, template: str | None = CHATML, seed: int = 0) -> Path:
+def write_base(folder: Path, *, template: str | None = CHATML, seed: int = 0, **shape: int) -> Path:
     """A two-layer Llama of random weights and a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,9 +28,9 @@ def write_base(folder: Path, *, template: str | None = CHATML, seed: int = 0) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=2, pad_token_id=3,
-            tie_word_embeddings=False))
+            **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4} | shape, vocab_size=len(WORDS),
+            num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=2,
+            pad_token_id=3, tie_word_embeddings=False))
     model.save_pretrained(folder)
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -107,6 +107,13 @@ def service(base_folder: Path, adapter_folders: dict[str, Path]) -> Iterator[Ser
 @contextmanager
 def live(service: Service) -> Iterator[str]:
     """A server over a service, in a thread; its address."""
+    with live_server(service) as (url, _):
+        yield url
+
+
+@contextmanager
+def live_server(service: Service) -> Iterator[tuple[str, Any]]:
+    """As `live`, with the server itself."""
     import uvicorn
 
     from deltaw.serve.http.app import Draining, create_app
@@ -119,7 +126,7 @@ def live(service: Service) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+        yield f"http://127.0.0.1:{opened.getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join(10)

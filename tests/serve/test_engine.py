@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.serve.request import Event, SamplingParams
+from deltaw.serve.request import EngineStopped, Event, SamplingParams
 from deltaw.serve.service import Service, open_service
 from tests.serve.conftest import config, tokens_of, write_adapter
 
@@ -139,6 +139,28 @@ def test_a_merged_adapter_is_undone_to_the_bit(base_folder: Path, adapter_folder
             assert torch.equal(p, before[name][1])
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_merging_while_others_come_and_go_changes_no_answer(kernel: bool, base_folder: Path,
+                                                            adapter_folders: dict[str, Path],
+                                                            reference: Callable[..., list[int]]) -> None:
+    """One is alone and merged; the others find it in the weights, and it goes on beside them; twice."""
+    long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with open_service(config(base_folder, auto_merge=1e-9, kernel=kernel), adapter_folders) as service:
+        step, merge = service.engine.step, service.engine._merge
+        service.engine.step = lambda: (time.sleep(0.01), step())[1]  # type: ignore[method-assign,assignment,func-returns-value]
+        assert merge is not None
+        expected = [reference(tokens_of(prompt), mix, 12) for prompt, mix in CASES[:4]]
+        whole = reference(tokens_of(PROMPTS[0]), {"wide": 1.0}, 40)
+        for times in (1, 2):
+            alone = ask(service, PROMPTS[0], {"wide": 1.0}, long)
+            until = time.monotonic() + 30
+            while merge.merges < times:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            assert [x.tokens for x in [ask(service, *case) for case in CASES[:4]]] == expected
+            assert alone.tokens == whole
+
+
 def test_a_seed_means_the_same_beside_any_neighbours(service: Service) -> None:
     params = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=15, seed=7, ignore_eos=True)
     alone = ask(service, PROMPTS[0], {"small": 1.0}, params).tokens
@@ -162,51 +184,71 @@ def test_cancelled_requests_free_their_places(service: Service) -> None:
     assert all(not entry.pins for entry in service.engine.pool._by_number.values())
 
 
-def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(service: Service, base_folder: Path,
-                                                                tmp_path: Path) -> None:
-    broken = write_adapter(base_folder, tmp_path / "broken", 5, r=2, target_modules=["q_proj"])
-    (broken / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
-    service.engine.call(lambda: service.engine.pool.register("broken", broken)).result(10)
-    bad, good = ask(service, "hello", {"broken": 1.0}), ask(service, "hello", {"small": 1.0})
-    assert bad.finish == "error"
-    assert bad.events[-1].refused
-    assert good.finish == "length"
-    assert ask(service, "hello", {"broken": 1.0}).finish == "error"
+@pytest.fixture
+def broken(base_folder: Path, tmp_path: Path) -> Path:
+    """An adapter whose tensors are none."""
+    folder = write_adapter(base_folder, tmp_path / "broken", 5, r=2, target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    return folder
 
 
-@pytest.mark.parametrize("build", ["gpt2", "mamba", "opt"])
-def test_other_architectures_give_their_own_greedy_answers(build: str, base_folder: Path) -> None:
-    """A model that cannot run in one row is found out by the trial and runs apart."""
-    import transformers as hf
+@pytest.mark.parametrize("auto_merge", [0.0, 1e-9])
+def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(auto_merge: float, base_folder: Path, broken: Path,
+                                                                adapter_folders: dict[str, Path]) -> None:
+    """With merging too, which reads an adapter the second time that it is asked for alone."""
+    with open_service(config(base_folder, auto_merge=auto_merge), {**adapter_folders, "broken": broken}) as service:
+        for _ in range(3):
+            bad = ask(service, "hello", {"broken": 1.0})
+            assert bad.finish == "error"
+            assert bad.events[-1].refused
+        bad, good = ask(service, "hello", {"broken": 1.0}), ask(service, "hello", {"small": 1.0})
+        assert (bad.finish, good.finish) == ("error", "length")
+        assert service.engine.alive
 
-    from deltaw import bases
-    from deltaw.serve.service import build as build_service
 
-    torch.manual_seed(3)
-    model: Any = {
-        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=20, n_embd=32, n_layer=2, n_head=4,
-                                                         n_positions=64)),
-        "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2)),
-        "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, ffn_dim=48,
-                                                      num_attention_heads=4, max_position_embeddings=64,
-                                                      word_embed_proj_dim=32)),
-    }[build]().eval()
-    tiny = bases.load_base(str(base_folder), dtype="fp32")
-    base = bases.Base(model=model, tokenizer=tiny.tokenizer, source="x", kind="folder", folder=None,
-                      dtype=torch.float32, dtype_reason="")
-    expected = []
-    for prompt in PROMPTS:
-        ids = tokens_of(prompt)
-        with torch.no_grad():
-            for _ in range(8):
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        expected.append(ids[-8:])
-    service = build_service(config(base_folder), base)
-    print(build, type(service.engine._runner).__name__)
-    assert (type(service.engine._runner).__name__ == "ApartRunner") >= (build == "mamba")
-    service.engine.start()
-    try:
-        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-        assert [x.tokens for x in [ask(service, prompt, {}, params) for prompt in PROMPTS]] == expected
-    finally:
-        service.close()
+def test_a_fault_that_nobody_foresaw_ends_what_is_open_and_no_more(service: Service,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = service.engine.scheduler.plan
+
+    def fails_once(admits: Any) -> Any:
+        monkeypatch.setattr(service.engine.scheduler, "plan", plan)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(service.engine.scheduler, "plan", fails_once)
+    assert ask(service, "hello", {"small": 1.0}).finish == "error"
+    assert ask(service, "hello", {"small": 1.0}).finish == "length"
+
+
+def test_a_listener_that_fails_ends_its_own_answer_alone(service: Service) -> None:
+    def deaf(event: Event) -> None:
+        raise RuntimeError("the loop is closed")
+
+    service.submit(tokens_of("hello"), {}, GREEDY, [deaf]).result(10)
+    assert ask(service, "hello", {"small": 1.0}).finish == "length"
+    assert service.engine.call(lambda: service.engine.scheduler.idle).result(10)
+    assert service.engine.counters.finished == {"cancelled": 1, "length": 1}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread's, made to fail
+def test_an_engine_whose_thread_has_ended_refuses_at_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("a bug that ends the thread")
+
+    monkeypatch.setattr(service.engine.scheduler, "plan", fails)
+    monkeypatch.setattr(service.engine.scheduler, "remove", fails)
+    assert ask(service, "hello", {}).finish == "error"
+    service.engine._thread.join(10)
+    assert not service.ready
+    with pytest.raises(EngineStopped):
+        service.submit(tokens_of("hello"), {}, GREEDY, [Listener()]).result(10)
+
+
+def test_a_result_that_is_cancelled_is_not_made(service: Service) -> None:
+    begun, go = threading.Event(), threading.Event()
+    service.engine.call(lambda: (begun.set(), go.wait(30)))
+    assert begun.wait(30)
+    listener = Listener()
+    assert service.submit(tokens_of("hello"), {}, GREEDY, [listener]).cancel()
+    go.set()
+    assert ask(service, "hello", {"small": 1.0}).finish == "length"
+    assert not listener.events

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -33,6 +34,34 @@ def test_the_base_and_all_adapters_are_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", *SHAPES]
 
 
+def test_one_model_by_name(client: Any) -> None:
+    assert client.models.retrieve("wide").parent == "tiny"
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="Did you mean wide"):
+        client.models.retrieve("wid")
+
+
+NEUTRAL: dict[str, Any] = {"tools": [], "tool_choice": "auto", "logit_bias": {}, "response_format": {"type": "text"},
+                           "modalities": ["text"], "parallel_tool_calls": True, "service_tier": "auto", "user": "x"}
+
+
+def test_fields_that_ask_for_nothing_change_nothing(client: Any) -> None:
+    def answer(**fields: Any) -> str:
+        return str(client.chat.completions.create(model="wide", messages=QUESTION, **GREEDY, **fields)
+                   .choices[0].message.content)
+
+    assert answer(**NEUTRAL) == answer()
+    assert client.completions.create(model="wide", prompt="hello", best_of=1, suffix="", logit_bias={}, **GREEDY)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("logit_bias", {"5": 100}),
+    ("response_format", {"type": "json_object"}), ("modalities", ["audio"]), ("tool_choice", "required")])
+def test_fields_that_ask_for_what_there_is_not_are_refused(field: str, value: Any, client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=field):
+        client.chat.completions.create(model="wide", messages=QUESTION, **GREEDY, **{field: value})
+
+
 @pytest.mark.parametrize("name", ["tiny", *SHAPES])
 def test_chat_in_one_piece_and_streamed(name: str, client: Any, reference: Callable[..., list[int]]) -> None:
     mix = {} if name == "tiny" else {name: 1.0}
@@ -57,14 +86,16 @@ def test_completions_of_texts_and_tokens(client: Any, reference: Callable[..., l
     tokens = client.completions.create(model="wide", prompt=[tokens_of("hello world"), tokens_of("the sea")], **GREEDY)
     for reply in (texts, tokens):
         assert [choice.text.split() for choice in reply.choices] == [text.split() for text in expected]
+    assert all(choice.text.startswith(" ") for reply in (texts, tokens) for choice in reply.choices)
     echoed = client.completions.create(model="wide", prompt="the sea", echo=True, **GREEDY)
-    assert echoed.choices[0].text.startswith("the sea")
+    assert echoed.choices[0].text == f"the sea {expected[1]}"
 
 
 def test_a_blend_of_adapters(client: Any, reference: Callable[..., list[int]]) -> None:
     expected = words(reference(tokens_of(PROMPT), {"small": 0.7, "wide": -0.3}, 8))
+    ids = {one["name"]: one["id"] for one in httpx.get(f"{client.base_url}".replace("/v1/", "/lora-adapters")).json()}
     for parts in ([{"id": "small", "scale": 0.7}, {"id": "wide", "scale": -0.3}],
-                  [{"id": 0, "scale": 0.7}, {"id": 1, "scale": -0.3}]):
+                  [{"id": ids["small"], "scale": 0.7}, {"id": ids["wide"], "scale": -0.3}]):
         asked = GREEDY | {"extra_body": {"ignore_eos": True, "lora": parts}}
         reply = client.chat.completions.create(model="tiny", messages=QUESTION, **asked)
         assert reply.choices[0].message.content.split() == expected.split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,7 +14,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.serve.conftest import SHAPES
+from deltaw.serve.service import open_service
+from tests.cli.conftest import write_base
+from tests.serve.conftest import SHAPES, config, live
 
 pytestmark = pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
                                 reason="needs Debian's chromium and chromium-driver")
@@ -34,11 +37,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, server: str) -> Iterator[Any]:
-    browser.get(server + "/")
-    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ".model")) == 1 + len(SHAPES))
-    browser.execute_script(f"document.getElementById('max_tokens').value = {LENGTH}")
+    open_page(browser, server, models=1 + len(SHAPES))
     yield browser
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def open_page(browser: Any, url: str, models: int) -> None:
+    browser.get(url + "/")
+    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ".model")) == models)
+    browser.execute_script(f"document.getElementById('max_tokens').value = {LENGTH}")
 
 
 @pytest.fixture
@@ -83,9 +90,13 @@ def test_answers_stand_side_by_side_and_are_the_servers(page: Any, expected: Cal
 
 def test_cards_tell_rank_and_targets(page: Any) -> None:
     until(page, lambda: "rank" in page.find_elements(By.CSS_SELECTOR, ".model")[1].text)
-    text = page.find_elements(By.CSS_SELECTOR, ".model")[1].text
-    assert "changes" in text
-    assert "_proj" in text
+    card = page.find_elements(By.CSS_SELECTOR, ".model")[1]
+    names, values = ([one.text for one in card.find_elements(By.TAG_NAME, tag)] for tag in ("dt", "dd"))
+    facts = dict(zip(names, values, strict=True))
+    assert facts["rank"] == str(SHAPES["small"]["r"])
+    assert facts["changes"] == ", ".join(SHAPES["small"]["target_modules"])
+    assert facts["size"].endswith("KiB")
+    assert "saved" in facts
 
 
 def test_tokens_that_differ_are_marked_and_can_be_unmarked(page: Any) -> None:
@@ -131,3 +142,45 @@ def test_the_page_fits_narrow_screens_and_the_dark(page: Any) -> None:
     page.set_window_size(400, 800)
     assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     page.set_window_size(1280, 900)
+
+
+def test_adapters_are_filtered_by_name(page: Any) -> None:
+    page.find_element(By.ID, "filter").send_keys("WID")
+    until(page, lambda: [one.text for one in page.find_elements(By.CSS_SELECTOR, ".model label")] == ["tiny", "wide"])
+    page.find_element(By.ID, "filter").send_keys(Keys.BACKSPACE * 3)
+    until(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".model")) == 1 + len(SHAPES))
+
+
+def test_a_failing_column_says_why_and_leaves_the_others_be(page: Any, expected: Callable[..., str]) -> None:
+    page.execute_script("const sent = window.fetch; window.fetch = (path, options) => sent(path, options?.body "
+                        "&& JSON.parse(options.body).model === 'small' ? { ...options, body: "
+                        "options.body.replace('\"small\"', '\"nobody\"') } : options)")
+    first, second = ask(page, "is the sky blue ?")
+    assert text_of(first) == expected("tiny", "is the sky blue ?")
+    assert "failed" in second.get_attribute("class")
+    assert "'nobody' does not exist" in text_of(second)
+    page.get_log("browser")  # a 404 stands there too
+
+
+def test_stop_ends_the_answers_and_frees_the_page(browser: Any, base_folder: Path) -> None:
+    with open_service(config(base_folder), {}) as service, live(service) as url:
+        open_page(browser, url, models=1)
+        service.engine.call(lambda: setattr(service.engine, "step", lambda: None))  # nobody ever writes a token
+        browser.find_element(By.ID, "prompt").send_keys("hello", Keys.CONTROL, Keys.ENTER)
+        until(browser, lambda: len(service.engine.scheduler._waiting) == 1)
+        browser.find_element(By.ID, "stop").click()
+        until(browser, lambda: browser.find_element(By.ID, "run").is_enabled())
+        until(browser, lambda: service.engine.scheduler.idle)
+        assert not browser.find_elements(By.CSS_SELECTOR, '[aria-busy="true"]')
+
+
+def test_a_base_without_a_chat_template_continues_text(browser: Any, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", template=None)
+    with open_service(config(base), {}) as service, live(service) as url, \
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        open_page(browser, url, models=1)
+        assert "no chat template" in browser.find_element(By.ID, "base").text
+        shown = text_of(ask(browser, "is the sky")[0])
+        made = client.completions.create(model="tiny", prompt="is the sky", max_tokens=LENGTH, temperature=0)
+        assert shown == made.choices[0].text != ""
+        assert browser.find_elements(By.CSS_SELECTOR, ".token")

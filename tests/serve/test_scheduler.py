@@ -143,8 +143,13 @@ def test_a_full_queue_takes_all_of_a_request_or_nothing() -> None:
     scheduler = Scheduler(places=1, max_waiting=3)
     scheduler.add(sequence(0), sequence(1))
     with pytest.raises(QueueFull):
-        scheduler.add(sequence(2), sequence(3))
+        scheduler.add(sequence(2), sequence(3), sequence(4))
     assert scheduler.waiting == 2
+    scheduler.add(sequence(2), sequence(3))  # one of the four takes the place
+    scheduler.plan()
+    assert (len(scheduler.running), scheduler.waiting) == (1, 3)
+    with pytest.raises(QueueFull):
+        scheduler.add(sequence(5))
 
 
 def test_answers_to_one_prompt_compute_it_once() -> None:

@@ -14,3 +14,5 @@ def test_a_short_soak_leaves_nothing_and_answers_right(tmp_path: Path) -> None:
         found = soak(tmp_path, seconds=4, clients=4, seed=0)
     assert found["ok"], found
     assert sum(found["done"].values()) > found["done"]["right"] > 0
+    assert found["done"]["right stream"] > 0
+    assert found["done"]["right blend"] > 0

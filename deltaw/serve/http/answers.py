@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deltaw.errors import BaseModelError, ConfigError, DataError, StateError, near
+from fastapi.concurrency import run_in_threadpool
+
+from deltaw.errors import BaseModelError, ConfigError, DataError, DeltawError, StateError, near
 from deltaw.serve.http.errors import Refused, from_fault
 from deltaw.serve.http.schema import ChatRequest, CompletionRequest, Generation
 from deltaw.serve.request import Event, SamplingParams, TokenLogprob
 from deltaw.serve.scheduler import QueueFull
+from deltaw.serve.text import PromptTooLong
 
 if TYPE_CHECKING:
     from deltaw.serve.service import Service
@@ -42,7 +45,8 @@ class Answers:
     """The answers to one request, over its prompts and `n`. Use as an async context: leaving it frees their places."""
 
     def __init__(self, service: Service, prompts: list[list[int]], mix: Mapping[str, float], params: SamplingParams,
-                 n: int) -> None:
+                 n: int, *, continues: bool = False) -> None:
+        self.continues = continues
         self.service, self.prompts, self.mix, self.params, self.n = service, prompts, mix, params, n
         self.reused = 0
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -63,7 +67,8 @@ class Answers:
         try:
             for i, prompt in enumerate(self.prompts):
                 listeners: list[Callable[[Event], None]] = [partial(tell, i * self.n + j) for j in range(self.n)]
-                submitted: Future[Any] = self.service.submit(prompt, self.mix, self.params, listeners)
+                submitted: Future[Any] = self.service.submit(prompt, self.mix, self.params, listeners,
+                                                               continues=self.continues)
                 self._sequences += await asyncio.wrap_future(submitted)
         except BaseException as error:
             self.service.cancel(self._sequences)
@@ -72,6 +77,8 @@ class Answers:
                               headers={"Retry-After": RETRY_AFTER_S}) from error
             if isinstance(error, StateError):  # unloaded since it was looked up
                 raise from_fault(error, 404, code="model_not_found") from error
+            if isinstance(error, DeltawError):  # its folder was replaced by something that is no adapter
+                raise Refused(400, str(error), param="model", code="adapter_refused") from error
             raise
         return self
 
@@ -104,15 +111,14 @@ class Answers:
 
 def find_mix(service: Service, request: Generation) -> dict[str, float]:
     """The adapters of a request with their weights; 404 for a name that there is not."""
-    names = service.adapters
+    names, numbers = service.adapters, service.adapter_numbers
     if request.model != service.name and request.model not in names:
-        raise Refused(404, f"The model '{request.model}' does not exist. {near(request.model, [service.name, *names])}"
-                      .rstrip(), param="model", code="model_not_found")
+        raise unknown_model(service, request.model)
     if request.lora is None:
         return {} if request.model == service.name else {request.model: 1.0}
     mix: dict[str, float] = {}
     for i, part in enumerate(request.lora):
-        name = part.id if isinstance(part.id, str) else names[part.id] if part.id < len(names) else None
+        name = part.id if isinstance(part.id, str) else numbers.get(part.id)
         if name is None or name not in names:
             raise Refused(404, f"The adapter {part.id!r} does not exist. {near(str(part.id), names)}".rstrip(),
                           param=f"lora.{i}.id", code="model_not_found")
@@ -120,15 +126,19 @@ def find_mix(service: Service, request: Generation) -> dict[str, float]:
     return {name: weight for name, weight in mix.items() if weight}
 
 
+def unknown_model(service: Service, name: str) -> Refused:
+    """That there is no such model."""
+    return Refused(404, f"The model '{name}' does not exist. {near(name, [service.name, *service.adapters])}".rstrip(),
+                   param="model", code="model_not_found")
+
+
 def find_params(service: Service, request: ChatRequest | CompletionRequest, longest: int) -> SamplingParams:
     """The sampling of a request, within the server's limits, after a prompt of `longest` tokens."""
     limit, room = service.config.max_tokens, service.capacity - longest
     wanted = request.wanted_tokens
-    allowed = service.config.max_prompt_tokens or service.capacity - 1
-    if longest > allowed or room < 1:
-        raise Refused(400, f"The prompt has {longest} tokens; at most {min(allowed, service.capacity - 1)} are "
-                      "allowed.", param="messages" if isinstance(request, ChatRequest) else "prompt",
-                      code="context_length_exceeded")
+    if longest > service.longest_prompt:
+        raise Refused(400, f"The prompt has {longest} tokens; at most {service.longest_prompt} are allowed.",
+                      param=_where(request), code="context_length_exceeded")
     if wanted is not None and wanted > limit:
         raise Refused(400, f"max_tokens is {wanted}; at most {limit} are allowed.", param="max_tokens",
                       code="max_tokens_exceeded")
@@ -146,16 +156,19 @@ def find_params(service: Service, request: ChatRequest | CompletionRequest, long
 
 
 def find_prompts(service: Service, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-    """The tokens of each prompt; 400 for one that is empty, or that the chat template refuses."""
-    if isinstance(request, ChatRequest):
-        try:
+    """The tokens of each prompt; 400 for one that is empty or too long, or that the chat template refuses."""
+    try:
+        if isinstance(request, ChatRequest):
             prompts = [service.chat_tokens([message.plain() for message in request.messages])]
-        except (DataError, BaseModelError) as error:
-            raise from_fault(error, code="chat_template") from error
-    else:
-        given: Any = request.prompt
-        several = isinstance(given, list) and not isinstance(given[0], int)
-        prompts = [list(p) if isinstance(p, list) else service.text_tokens(p) for p in (given if several else [given])]
+        else:
+            given: Any = request.prompt
+            several = isinstance(given, list) and not isinstance(given[0], int)
+            prompts = [list(p) if isinstance(p, list) else service.text_tokens(p)
+                       for p in (given if several else [given])]
+    except PromptTooLong as error:
+        raise Refused(400, str(error), param=_where(request), code="context_length_exceeded") from error
+    except (DataError, BaseModelError) as error:
+        raise from_fault(error, code="chat_template") from error
     if not all(prompts):
         raise Refused(400, "The prompt is empty.", param="prompt", code="empty_prompt")
     if any(token >= service.vocabulary for prompt in prompts for token in prompt):
@@ -164,9 +177,21 @@ def find_prompts(service: Service, request: ChatRequest | CompletionRequest) -> 
     return prompts
 
 
-def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Answers:
-    """Everything checked, nothing submitted yet."""
+def _where(request: ChatRequest | CompletionRequest) -> str:
+    """The field that holds the prompt."""
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
+
+
+async def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Answers:
+    """Everything checked, nothing submitted yet; in a thread, for long prompts take long and others must not wait."""
+    return await run_in_threadpool(_prepared, service, request)
+
+
+def _prepared(service: Service, request: ChatRequest | CompletionRequest) -> Answers:
     mix = find_mix(service, request)
     prompts = find_prompts(service, request)
     params = find_params(service, request, max(map(len, prompts)))
-    return Answers(service, prompts, mix, params, request.n)
+    if len(prompts) * request.n > service.most_answers:  # 429 would have the client come back for ever
+        raise Refused(400, f"The request asks for {len(prompts) * request.n} answers; at most {service.most_answers} "
+                      "can be written or wait at once.", param="n", code="too_many_answers")
+    return Answers(service, prompts, mix, params, request.n, continues=isinstance(request, CompletionRequest))

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from deltaw.errors import DeltawError
+from deltaw.serve.request import EngineStopped
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
          429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
@@ -63,6 +64,10 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
         return reply(error.status, error.message, param=error.param, code=error.code, headers=error.headers)
+
+    @app.exception_handler(EngineStopped)
+    async def stopped(request: Request, error: EngineStopped) -> JSONResponse:
+        return reply(503, str(error), code="stopping")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deltaw.serve.http.answers import Answer, Answers, prepare
+from deltaw.serve.http.answers import Answer, Answers, prepare, unknown_model
 from deltaw.serve.http.disconnect import unless_gone
 from deltaw.serve.http.errors import ErrorReply, Refused, body
 from deltaw.serve.http.schema import ChatRequest, CompletionRequest
@@ -34,23 +34,36 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         """The base, then its adapters."""
-        base = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "deltaw",
-                "root": service.config.model, "parent": None, "max_model_len": service.capacity}
-        return {"object": "list", "data": [base, *({
-            "id": card["name"], "object": "model", "created": card["created"], "owned_by": "deltaw",
-            "root": card["path"], "parent": service.name, "rank": card["rank"]} for card in service.cards())]}
+        return {"object": "list", "data": _models(service)}
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        for found in _models(service):
+            if found["id"] == name:
+                return found
+        raise unknown_model(service, name)
 
     @routes.post("/chat/completions", response_model=None, responses=EVENTS)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """The next turn of a conversation."""
-        return await _answer(Chat(asked, service), prepare(service, asked), request)
+        return await _answer(Chat(asked, service), await prepare(service, asked), request)
 
     @routes.post("/completions", response_model=None, responses=EVENTS)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """What follows a text."""
-        return await _answer(Completion(asked, service), prepare(service, asked), request)
+        return await _answer(Completion(asked, service), await prepare(service, asked), request)
 
     return routes
+
+
+def _models(service: Service) -> list[dict[str, Any]]:
+    """The base, then its adapters, as OpenAI and vLLM describe a model."""
+    base = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "deltaw",
+            "root": service.config.model, "parent": None, "max_model_len": service.capacity,
+            "chat": service.chats}
+    return [base, *({"id": card["name"], "object": "model", "created": card["created"], "owned_by": "deltaw",
+                     "root": card["path"], "parent": service.name, "rank": card["rank"]} for card in service.cards())]
 
 
 async def _answer(form: Form, answers: Answers, request: Request) -> Response:
@@ -179,8 +192,7 @@ class Chat(Form):
             "top_logprobs": [self._token(*other) for other in one.top]} for one in logprobs], "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self._text(token), "logprob": logprob, "bytes": self.service.token_bytes(token)}
 
 
 class Completion(Form):

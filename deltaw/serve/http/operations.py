@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -22,22 +22,29 @@ if TYPE_CHECKING:
 POLICY = {"Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
           "X-Content-Type-Options": "nosniff"}
 """What the playground may load: its own files, so that no answer can make it run or fetch anything."""
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 413)}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 503)}
+SAYS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}, "description": "A sentence, as vLLM's."}}
 
 
 def adapters(service: Service) -> APIRouter:
     """The routes that list, load and unload adapters."""
     routes = APIRouter(responses=ERRORS)
 
-    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-    async def load(asked: LoadAdapter) -> str:
+    @routes.post("/v1/load_lora_adapter", response_model=None, responses=SAYS)
+    async def load(asked: LoadAdapter) -> Response:
         """Register an adapter below the server's --adapter-root."""
         _require_runtime_loading(service)
-        await _changed(service.load_adapter, asked.lora_name, asked.lora_path)
-        return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
+        try:
+            await run_in_threadpool(service.load_adapter, asked.lora_name, asked.lora_path, asked.load_inplace)
+        except StateError as error:
+            raise Refused(400, f"The adapter '{asked.lora_name}' is loaded already; load_inplace replaces it.",
+                          param="lora_name", code="already_loaded") from error
+        except DeltawError as error:
+            raise from_fault(error, code="adapter_refused") from error
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-    async def unload(asked: UnloadAdapter) -> str:
+    @routes.post("/v1/unload_lora_adapter", response_model=None, responses=SAYS)
+    async def unload(asked: UnloadAdapter) -> Response:
         """Forget an adapter; answers under way end with it."""
         _require_runtime_loading(service)
         try:
@@ -45,13 +52,13 @@ def adapters(service: Service) -> APIRouter:
         except StateError as error:
             raise Refused(404, f"The adapter '{asked.lora_name}' does not exist.", param="lora_name",
                           code="model_not_found") from error
-        return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     @routes.get("/lora-adapters")
     async def listed() -> list[dict[str, Any]]:
-        """Adapters with the numbers that `lora` may use, as llama.cpp lists them."""
-        return [{"id": i, "name": card["name"], "path": card["path"], "scale": 0.0}
-                for i, card in enumerate(service.cards())]
+        """Adapters with the numbers that `lora` may use, as llama.cpp lists them; none is ever used again."""
+        return [{"id": card["number"], "name": card["name"], "path": card["path"], "scale": 0.0}
+                for card in service.cards()]
 
     @routes.get("/v1/adapters/{name:path}")
     async def card(name: str) -> dict[str, Any]:
@@ -115,15 +122,3 @@ def _require_runtime_loading(service: Service) -> None:
         raise Refused(403, "Loading adapters at run time is off; start the server with --allow-runtime-loading and "
                       "--adapter-root.", code="runtime_loading_off")
 
-
-async def _changed(change: Callable[..., None], *arguments: str) -> None:
-    try:
-        await run_in_threadpool(change, *arguments)
-    except StateError as error:
-        raise from_fault(error, 409) from error
-    except DeltawError as error:
-        _refuse(error)
-
-
-def _refuse(error: DeltawError) -> NoReturn:
-    raise from_fault(error, code="adapter_refused") from error

@@ -26,13 +26,34 @@ class StreamOptions(Strict):
 
 
 class LoraScale(Strict):
-    """One part of a blend: an adapter by name, or by its number in the order of /v1/models, and its weight."""
+    """One part of a blend: an adapter by name, or by its number in /lora-adapters, and its weight."""
 
     id: str | Annotated[StrictInt, Field(ge=0)]
     scale: float = Field(1.0, ge=-100, le=100)
 
 
-class Generation(Strict):
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class PlainFormat(Strict):
+    """The form of an answer: text."""
+
+    type: Literal["text"]
+
+
+class Neutral(Strict):
+    """Fields of OpenAI's that clients send though they ask for nothing: accepted with the value that does nothing."""
+
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class Generation(Neutral):
     """What requests for text have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
@@ -51,9 +72,6 @@ class Generation(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     lora: Annotated[list[LoraScale], Field(max_length=16)] | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
 
 
 class TextPart(Strict):
@@ -86,6 +104,13 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: PlainFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -106,6 +131,8 @@ class CompletionRequest(Generation):
              | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=64)])
     logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+    best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    suffix: Literal[""] | None = None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -123,6 +150,7 @@ class LoadAdapter(Strict):
 
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
 
 
 class UnloadAdapter(Strict):

@@ -35,6 +35,7 @@ async function connect() {
   base = known.find((model) => !model.parent) ?? known[0];
   const adapters = known.filter((model) => model !== base);
   $("base").textContent = `${base.id}, ${adapters.length} adapter${adapters.length === 1 ? "" : "s"}`;
+  if (base.chat === false) $("base").textContent += "; it has no chat template: prompts are continued as text";
   if (!chosen.size) [base, ...adapters.slice(0, 1)].forEach((model) => chosen.add(model.id));
   $("blend-with").replaceChildren(...adapters.map((model) => make("option", { value: model.id, textContent: model.id })));
   $("blend-add").disabled = !adapters.length;
@@ -67,7 +68,7 @@ function factsOf(model) {
   const facts = cards.get(model.id), found = [];
   if (facts.rank) found.push(["rank", String(facts.rank)]);
   if (facts.targets?.length) found.push(["changes", shortened(facts.targets)]);
-  if (facts.bytes) found.push(["size", `${(facts.bytes / 2 ** 20).toFixed(1)} MiB`]);
+  if (facts.bytes) found.push(["size", facts.bytes < 2 ** 20 ? `${(facts.bytes / 2 ** 10).toFixed(1)} KiB` : `${(facts.bytes / 2 ** 20).toFixed(1)} MiB`]);
   if (facts.base) found.push(["base", facts.base]);
   if (facts.created) found.push(["saved", new Date(1000 * facts.created).toLocaleDateString()]);
   for (const [name, value] of Object.entries(facts.training?.after ?? {})) {
@@ -130,7 +131,7 @@ function column(name) {
 
 async function fill(one, request, signal) {
   try {
-    for await (const piece of answer(request, $("key").value, signal)) {
+    for await (const piece of answer(request, base.chat !== false, $("key").value, signal)) {
       if ((piece.text || piece.tokens.length) && one.first === null) one.first = performance.now();
       one.count = piece.usage?.completion_tokens ?? one.count;
       draw(one, piece);

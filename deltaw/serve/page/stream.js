@@ -26,11 +26,12 @@ export async function card(name, key) {
   return response.ok ? response.json() : {};
 }
 
-/** The pieces of an answer as they come: {text, tokens: [{token, logprob}], usage}. */
-export async function* answer(request, key, signal) {
-  const response = await fetch("v1/chat/completions", {
+/** The pieces of an answer as they come: {text, tokens: [{token, logprob}], usage}. A base without a template continues text. */
+export async function* answer({ messages, ...request }, chats, key, signal) {
+  const asked = chats ? { messages, logprobs: true } : { prompt: messages.map((message) => message.content).join("\n\n"), logprobs: 0 };
+  const response = await fetch(chats ? "v1/chat/completions" : "v1/completions", {
     method: "POST", headers: headers(key), signal,
-    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true }, logprobs: true }),
+    body: JSON.stringify({ ...request, ...asked, stream: true, stream_options: { include_usage: true } }),
   });
   if (!response.ok) throw new Error(await faultOf(response));
   for await (const data of events(response.body)) {
@@ -38,8 +39,13 @@ export async function* answer(request, key, signal) {
     const piece = JSON.parse(data);
     if (piece.error) throw new Error(piece.error.message);
     const choice = piece.choices?.[0];
-    yield { text: choice?.delta?.content ?? "", tokens: choice?.logprobs?.content ?? [], usage: piece.usage };
+    yield { text: choice?.delta?.content ?? choice?.text ?? "", tokens: tokensOf(choice?.logprobs), usage: piece.usage };
   }
+}
+
+/** The tokens of a chat's log-probabilities, or of a completion's. */
+function tokensOf(logprobs) {
+  return logprobs?.content ?? (logprobs?.tokens ?? []).map((token, n) => ({ token, logprob: logprobs.token_logprobs[n] }));
 }
 
 /** The data of server-sent events. */
