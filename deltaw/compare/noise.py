@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
+
+UNSTEADY = 4.0
+"""How many times the median arm's spread an arm's may be; of three seeds chance alone exceeds it once in 60,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,48 @@ def pooled(groups: Sequence[Measured]) -> float | None:
     return math.sqrt(sum((group.n - 1) * group.sd ** 2 for group in groups if group.sd is not None) / freedom)
 
 
-def margin(sd: float, one: Measured, other: Measured, freedom: int) -> float:
-    """The difference of two means that chance exceeds one time in twenty: t(0.975, freedom)·sd·√(1/n₁ + 1/n₂)."""
-    return student_t(freedom) * sd * math.sqrt(1 / one.n + 1 / other.n)
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What two arms may differ by although their seeds are all that differs."""
+
+    sd: float
+    """The spread between seeds that the steady arms share."""
+    freedom: int
+    """Its degrees of freedom."""
+    widest: float = math.inf
+    """The largest spread of a steady arm."""
+
+    def is_steady(self, arm: Measured) -> bool:
+        """Whether its seeds lie no further apart than the others' do."""
+        return arm.sd is None or arm.sd <= self.widest
+
+    def margin(self, one: Measured, other: Measured) -> float:
+        """The difference of two means that chance exceeds one time in twenty: t(0.975, f)·√(v₁/n₁ + v₂/n₂).
+
+        v is the shared variance, and f its freedom; an unsteady arm has its own, and then f is Welch's (1947).
+        """
+        parts = [(variance / arm.n, freedom) for arm in (one, other) for variance, freedom in [self._variance(arm)]]
+        total = sum(part for part, _ in parts)
+        steady = all(freedom == self.freedom for _, freedom in parts)
+        freedom = self.freedom if steady or not total else \
+            int(total ** 2 / sum(part ** 2 / own for part, own in parts))
+        return student_t(freedom) * math.sqrt(total)
+
+    def _variance(self, arm: Measured) -> tuple[float, int]:
+        return (self.sd ** 2, self.freedom) if arm.sd is None or self.is_steady(arm) else (arm.sd ** 2, arm.n - 1)
+
+
+def noise_of(groups: Sequence[Measured]) -> Noise | None:
+    """The noise of a study's arms; None where no arm has two seeds.
+
+    An arm that collapses with one seed in three has a spread of another kind, which would hide every difference between
+    the others: arms whose spread is over `UNSTEADY` times the median of all are left out, where there are three arms.
+    """
+    spreads = [group.sd for group in groups if group.sd is not None]
+    widest = UNSTEADY * median(spreads) if len(spreads) > 2 else 0.0
+    steady = [group for group in groups if group.sd is not None and (not widest or group.sd <= widest)]
+    sd = pooled(steady)
+    return None if sd is None else Noise(sd, sum(group.n - 1 for group in steady), widest or math.inf)
 
 
 def student_t(freedom: int) -> float:

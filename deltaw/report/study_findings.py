@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from deltaw.compare import StudyResult
 from deltaw.compare.figures import LOWER_IS_BETTER, better, scale, shown
-from deltaw.compare.noise import Measured, margin, pooled
+from deltaw.compare.noise import Measured, noise_of
 from deltaw.compare.table import Row, best_first
 
 _MOST = 6
@@ -23,7 +23,7 @@ def by_rank(result: StudyResult) -> list[str]:
         if arm in rows:
             lines.setdefault(rest, {})[rank] = rows[arm].figures[judge]
     found = [value for of in lines.values() for value in of.values()]
-    noise, freedom = pooled(found), sum(value.n - 1 for value in found)
+    noise = noise_of(found)
     said = []
     for rest, of in lines.items():
         if len(of) < 2:
@@ -34,7 +34,7 @@ def by_rank(result: StudyResult) -> list[str]:
             said.append(f"{text}; with one seed it is not known how much of that is chance.")
             continue
         least = min(rank for rank, value in of.items()
-                    if abs(value.mean - of[best].mean) <= margin(noise, of[best], value, freedom))
+                    if abs(value.mean - of[best].mean) <= noise.margin(of[best], value))
         said.append(f"{text}, and no smaller rank is within the seeds' noise of it." if least == best else
                     f"{text}; r={least}, {shown(judge, of[least])}, is within the seeds' noise of it.")
     return said[:_MOST]
@@ -110,13 +110,13 @@ def at_equal_size(result: StudyResult) -> list[str]:
     if len(ordered) < 2:
         return []
     values = [row.figures[judge] for row in ordered]
-    noise, freedom = pooled(values), sum(value.n - 1 for value in values)
+    noise = noise_of(values)
     text = f"With at most {result.config['budget']:,} values {ordered[0].arm} has the best {judge}, " \
            f"{shown(judge, values[0])}"
     if noise is None:
         return [f"{text}; with one seed it is not known how much of that is chance."]
     close = [row.arm for row in ordered[1:]
-             if abs(row.figures[judge].mean - values[0].mean) <= margin(noise, values[0], row.figures[judge], freedom)]
+             if abs(row.figures[judge].mean - values[0].mean) <= noise.margin(values[0], row.figures[judge])]
     unit = "higher" if judge not in LOWER_IS_BETTER else "lower"
     worst = abs(values[0].mean - values[-1].mean) * scale(judge)
     told = f"within the seeds' noise of it: {', '.join(close)}" if close else "none is within the seeds' noise of it"

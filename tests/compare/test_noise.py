@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from deltaw.compare.advice import advise
-from deltaw.compare.noise import margin, measured, pooled, student_t
+from deltaw.compare.noise import Noise, measured, noise_of, pooled, student_t
 from deltaw.compare.table import Row
 
 
@@ -28,11 +28,40 @@ def test_students_t_is_scipys(freedom: int) -> None:
 def test_a_margin_of_two_arms_is_the_t_tests() -> None:
     one, other = [0.70, 0.74, 0.69], [0.78, 0.80, 0.75]
     groups = [measured(one), measured(other)]
-    sd = pooled(groups)
-    assert sd is not None
+    noise = noise_of(groups)
+    assert noise is not None
     # A difference as large as the margin is one of p = 0.05 in the t test of equal variances.
-    shift = margin(sd, *groups, 4) - (np.mean(other) - np.mean(one))
+    shift = noise.margin(*groups) - (np.mean(other) - np.mean(one))
     assert stats.ttest_ind(one, [v + shift for v in other]).pvalue == pytest.approx(0.05, rel=0.03)
+
+
+STEADY = [[0.86, 0.87, 0.85], [0.865, 0.872, 0.858], [0.80, 0.81, 0.79]]
+COLLAPSED = [0.85, 0.84, 0.46]
+
+
+def test_an_arm_that_collapsed_with_one_seed_does_not_hide_what_tells_the_others_apart() -> None:
+    groups = [measured(values) for values in (*STEADY, COLLAPSED)]
+    noise = noise_of(groups)
+    assert noise is not None
+    assert noise.sd == pooled(groups[:3])
+    assert noise.freedom == 6
+    assert noise.margin(groups[1], groups[2]) < 0.03
+    advice = advise([row("full", 9, *STEADY[1]), row("bias", 1, *STEADY[2]), row("lora", 2, *STEADY[0]),
+                     row("wild", 0, *COLLAPSED)], "accuracy")
+    assert advice is not None
+    assert (advice.best, advice.arm) == ("full", "lora")
+    assert "wild" in advice.within_noise  # by its own spread it is not surely worse, and it is not recommended
+    assert "depends on the seed: wild (71.67 ± 22)" in advice.text
+
+
+def test_an_unsteady_arms_margin_is_welchs() -> None:
+    noise = Noise(sd=float(np.std(STEADY[0], ddof=1)), freedom=2, widest=0.1)
+    steady, wild = measured(STEADY[0]), measured(COLLAPSED)
+    difference = noise.margin(steady, wild)
+    shift = np.mean(COLLAPSED) + difference - np.mean(STEADY[0])
+    found = stats.ttest_ind([v + shift for v in STEADY[0]], COLLAPSED, equal_var=False)
+    # Student's t with the whole degrees of freedom below Welch's 2.0...: the margin is the wider one.
+    assert found.pvalue == pytest.approx(0.05, rel=0.05)
 
 
 def row(arm: str, parameters: int, *values: float, figure: str = "accuracy") -> Row:
