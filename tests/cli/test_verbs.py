@@ -38,8 +38,9 @@ def test_train_leaves_an_adapter_a_report_and_commands_that_work(deltaw: Run, ba
     assert "before" in err
     assert str(out / "report.html") in text
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("  deltaw ")]
-    assert [command[1] for command in commands] == ["generate", "chat", "merge"]
-    generate, _, merge = commands
+    assert [command[1] for command in commands] == ["generate", "chat", "serve", "merge"]
+    generate, _, serve, merge = commands
+    assert Path(serve[serve.index("--adapters") + 1]) == out
     assert deltaw(*generate[1:-1], QUESTION)[:2] == (0, "yes\n")
     assert deltaw(*merge[1:])[0] == 0
 
