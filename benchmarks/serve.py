@@ -48,6 +48,13 @@ class Words:
     """A tokenizer of numbers: what is measured is the engine."""
 
     chat_template, eos_token_id, all_special_ids, model_max_length = None, None, (), 10**30
+    bos_token = eos_token = None
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
     def decode(self, tokens: Sequence[int], **_: object) -> str:
         return "".join(f" {token}" for token in tokens)
@@ -213,7 +220,9 @@ def main_cases(service: Service, rivals: Rivals, vllm: Vllm | None, tokens: int,
             speeds.setdefault(label, []).append(measure())
             print(f"  {label}: {speeds[label][-1]:.1f}", flush=True)
     cases = compared({label: statistics.median(values) for label, values in speeds.items()}, service, equal)
-    if "merged" in only:
+    if "merged" in only and service.base.dtype == torch.float32 and "16 bits" in service.says:
+        print("  merged: left out, since merged weights need 32 bits where the base's are read in 16 (--weights bf16)")
+    elif "merged" in only:
         ours, base = merged_beside_base(service, names[0], tokens, 4 * rounds)
         cases.append(Case("one stream, an adapter merged", "ms/tok", ours, base, "base", 1.02,
                           equal=equal["transformers"]))
@@ -243,8 +252,8 @@ def compared(m: dict[str, float], service: Service, equal: Mapping[str, bool]) -
 def check(service: Service, rivals: Rivals, vllm: Vllm | None, names: list[str]) -> dict[str, bool]:
     """Whether 16 answers of the base are transformers' and vLLM's, and 16 of different adapters PEFT's and vLLM's.
 
-    vLLM in bfloat16 rounds each product, and a model of random weights has near ties: then the share of answers that
-    begin alike is printed, and half of the first tokens have to be the same.
+    A model of random weights has near ties, and vLLM adds in another order: in fp32 an answer may differ from its where
+    transformers' logits of both tokens are within 1e-3. In bfloat16 half of the first tokens have to be the same.
     """
     mine: list[list[list[int]]] = []
     for mixes in ([{}] * 16, [{name: 1.0} for name in names[:16]]):
@@ -261,8 +270,11 @@ def check(service: Service, rivals: Rivals, vllm: Vllm | None, names: list[str])
         whole = sum(a == b for a, b in zip(own, rows, strict=True))
         first = sum(a[0] == b[0] for a, b in zip(own, rows, strict=True))
         print(f"  as {name}: {whole} of 16 answers of {CHECKED} tokens, {first} of 16 first tokens", flush=True)
-        rounded = name.startswith("vllm") and vllm is not None and vllm.dtype != "float32"
-        found[name] = first >= 8 if rounded else whole == 16
+        if name.startswith("vllm") and vllm is not None and vllm.dtype != "float32":
+            found[name] = first >= 8
+        else:
+            found[name] = all(a == b or (name.startswith("vllm") and rivals.is_tie(name == "vllm lora", i, a, b))
+                              for i, (a, b) in enumerate(zip(own, rows, strict=True)))
     return found
 
 

@@ -55,6 +55,14 @@ class Rivals:
                              min_new_tokens=tokens, pad_token_id=0, eos_token_id=None, **options)
         return rows * tokens / (time.perf_counter() - begin), out[:, PROMPT:].tolist()
 
+    @torch.inference_mode()
+    def is_tie(self, adapted: bool, row: int, one: list[int], other: list[int]) -> bool:
+        """Whether two answers part where the model's logits of both tokens are within 1e-3 of each other."""
+        place = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        ids = torch.tensor([prompt(row) + one[:place]])
+        logits_V = (self.mixed(ids, adapter_names=[self.names[row]]) if adapted else self.base(ids)).logits[0, -1]
+        return abs(float(logits_V[one[place]] - logits_V[other[place]])) < 1e-3
+
 
 class Vllm:
     """vLLM in a process of its own, asked line by line."""
