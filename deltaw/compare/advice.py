@@ -53,8 +53,7 @@ def advise(rows: Sequence[Row], figure: str) -> Advice | None:
                 "that tells them apart.")
         return Advice(arm=best.arm, best=best.arm, figure=figure, within_noise=tuple(row.arm for row in ordered),
                       noise=noise.sd, text=text)
-    close = [row for row in ordered
-             if abs(row.figures[figure].mean - top.mean) <= noise.margin(top, row.figures[figure])]
+    close = [row for row in ordered if noise.covers(top, row.figures[figure])]
     wild = [row for row in ordered[1:] if not noise.is_steady(row.figures[figure])]
     chosen = min((row for row in close if row not in wild), key=lambda row: row.parameters)
     return Advice(arm=chosen.arm, best=best.arm, figure=figure, within_noise=tuple(row.arm for row in close),

@@ -67,12 +67,17 @@ class Noise:
 
         v is the shared variance, and f its freedom; an unsteady arm has its own, and then f is Welch's (1947).
         """
-        parts = [(variance / arm.n, freedom) for arm in (one, other) for variance, freedom in [self._variance(arm)]]
-        total = sum(part for part, _ in parts)
-        steady = all(freedom == self.freedom for _, freedom in parts)
-        freedom = self.freedom if steady or not total else \
-            int(total ** 2 / sum(part ** 2 / own for part, own in parts))
-        return student_t(freedom) * math.sqrt(total)
+        (v1, f1), (v2, f2) = self._variance(one), self._variance(other)
+        part1, part2 = v1 / one.n, v2 / other.n
+        if self.is_steady(one) and self.is_steady(other):
+            freedom = self.freedom
+        else:
+            freedom = int((part1 + part2) ** 2 / (part1 ** 2 / f1 + part2 ** 2 / f2))
+        return student_t(freedom) * math.sqrt(part1 + part2)
+
+    def covers(self, one: Measured, other: Measured) -> bool:
+        """Whether the difference of two means is no more than chance makes of it one time in twenty."""
+        return abs(one.mean - other.mean) <= self.margin(one, other)
 
     def _variance(self, arm: Measured) -> tuple[float, int]:
         return (self.sd ** 2, self.freedom) if arm.sd is None or self.is_steady(arm) else (arm.sd ** 2, arm.n - 1)

@@ -33,8 +33,7 @@ def by_rank(result: StudyResult) -> list[str]:
         if noise is None:
             said.append(f"{text}; with one seed it is not known how much of that is chance.")
             continue
-        least = min(rank for rank, value in of.items()
-                    if abs(value.mean - of[best].mean) <= noise.margin(of[best], value))
+        least = min(rank for rank, value in of.items() if noise.covers(of[best], value))
         said.append(f"{text}, and no smaller rank is within the seeds' noise of it." if least == best else
                     f"{text}; r={least}, {shown(judge, of[least])}, is within the seeds' noise of it.")
     return said[:_MOST]
@@ -115,8 +114,7 @@ def at_equal_size(result: StudyResult) -> list[str]:
            f"{shown(judge, values[0])}"
     if noise is None:
         return [f"{text}; with one seed it is not known how much of that is chance."]
-    close = [row.arm for row in ordered[1:]
-             if abs(row.figures[judge].mean - values[0].mean) <= noise.margin(values[0], row.figures[judge])]
+    close = [row.arm for row in ordered[1:] if noise.covers(values[0], row.figures[judge])]
     unit = "higher" if judge not in LOWER_IS_BETTER else "lower"
     worst = abs(values[0].mean - values[-1].mean) * scale(judge)
     told = f"within the seeds' noise of it: {', '.join(close)}" if close else "none is within the seeds' noise of it"
