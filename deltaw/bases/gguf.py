@@ -29,6 +29,11 @@ def converted(file: Path, dtype: torch.dtype) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
+def kept(file: Path) -> Path | None:
+    """The folder that loads without loss in any dtype, converted now if it never was; None if it cannot be kept."""
+    return converted(file, torch.float32) or convert(file, torch.float32)[0]
+
+
 def convert(file: Path, dtype: torch.dtype) -> tuple[Path | None, Any, Any]:
     """The folder with the converted file, and the model and tokenizer that were read from it.
 

@@ -142,7 +142,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base alone, without a weight (a GGUF file is converted first, if it never was)."""
     place = find_base(model)
     if place.gguf is not None:
-        folder = gguf.converted(place.gguf, torch.float32) or gguf.convert(place.gguf, torch.float32)[0]
+        folder = gguf.kept(place.gguf)
         if folder is None:
             raise BaseModelError(Fault(f"base '{model}'", "its conversion could not be kept",
                                        remedy="Set DELTAW_HOME to a folder with room"))

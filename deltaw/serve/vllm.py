@@ -48,15 +48,13 @@ def openable(model: str) -> str:
     place = find_base(model)
     if place.gguf is None:
         return str(place.folder)
-    import torch
+    from deltaw.bases.gguf import kept
 
-    from deltaw.bases.gguf import convert, converted
-
-    kept = converted(place.gguf, torch.float32) or convert(place.gguf, torch.float32)[0]
-    if kept is None:
+    folder = kept(place.gguf)
+    if folder is None:
         raise BaseModelError(Fault(f"base '{model}'", "could not be kept as safetensors, which vLLM needs",
                                    "a folder with room", "Set DELTAW_HOME to one"))
-    return str(kept)
+    return str(folder)
 
 
 def environment(config: ServeConfig) -> dict[str, str]:
