@@ -65,6 +65,8 @@ def report(name: str, cases: list[Case]) -> int:
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                "torch": torch.__version__, "threads": torch.get_num_threads(),
                "capability": torch.backends.cpu.get_cpu_capability()}
+    if torch.cuda.is_initialized():
+        machine["gpu"] = torch.cuda.get_device_name()
     rows = [asdict(c) | {"ratio": c.ratio, "met": c.met} for c in cases]
     print(json.dumps({"benchmark": name, "machine": machine, "cases": rows}))
     return sum(not c.met for c in cases)

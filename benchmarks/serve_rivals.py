@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pairs import smollm2_shaped
+from where import finish
 
 PROMPT = 32
 _seeds = itertools.count(1_000_000)
@@ -30,36 +31,46 @@ def prompt(seed: int) -> list[int]:
 class Rivals:
     """transformers' `generate` and PEFT's mixed batch: rows of one length, so that nothing is padded."""
 
-    def __init__(self, paths: Mapping[str, Path], weights: str) -> None:
+    def __init__(self, paths: Mapping[str, Path], weights: str, dtype: torch.dtype = torch.float32,
+                 device: str = "cpu") -> None:
         from peft import PeftModel
 
-        self.base: Any = base_model(weights).float()
+        self.device = device
+        self.base: Any = base_model(weights).to(device, dtype)
         self.names = list(paths)[:16]
-        inner: Any = base_model(weights).float()
+        inner: Any = base_model(weights).to(device, dtype)
+        own = {"autocast_adapter_dtype": dtype == torch.float32}  # in bf16 adapters are too, and nothing is converted
         self.mixed: Any = None
         for name in self.names:
             if self.mixed is None:
-                self.mixed = PeftModel.from_pretrained(inner, paths[name], adapter_name=name)
+                self.mixed = PeftModel.from_pretrained(inner, paths[name], adapter_name=name, **own)
             else:
-                self.mixed.load_adapter(paths[name], adapter_name=name)
+                self.mixed.load_adapter(paths[name], adapter_name=name, **own)
         self.mixed.eval()
 
     @torch.inference_mode()
-    def generate(self, adapters: int, rows: int, tokens: int) -> tuple[float, list[list[int]]]:
-        """Tokens a second of transformers (0 adapters) or of so many adapters in PEFT's mixed batch; and the tokens."""
+    def generate(self, adapters: int, rows: int, tokens: int, *,
+                 cache: str | None = None) -> tuple[float, list[list[int]]]:
+        """Tokens a second of transformers (0 adapters) or of so many adapters in PEFT's mixed batch; and the tokens.
+
+        With the cache "static" on a GPU transformers compiles its steps at the first call.
+        """
         model = self.mixed if adapters else self.base
         options = {"adapter_names": [self.names[i % adapters] for i in range(rows)]} if adapters else {}
-        ids = torch.tensor([prompt(seed) for seed in range(rows)])
+        options |= {} if cache is None else {"cache_implementation": cache}
+        ids = torch.tensor([prompt(seed) for seed in range(rows)], device=self.device)
+        finish(self.device)
         begin = time.perf_counter()
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
                              min_new_tokens=tokens, pad_token_id=0, eos_token_id=None, **options)
+        finish(self.device)
         return rows * tokens / (time.perf_counter() - begin), out[:, PROMPT:].tolist()
 
     @torch.inference_mode()
     def is_tie(self, adapted: bool, row: int, one: list[int], other: list[int]) -> bool:
         """Whether two answers part where the model's logits of both tokens are within 1e-3 of each other."""
         place = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
-        ids = torch.tensor([prompt(row) + one[:place]])
+        ids = torch.tensor([prompt(row) + one[:place]], device=self.device)
         logits_V = (self.mixed(ids, adapter_names=[self.names[row]]) if adapted else self.base(ids)).logits[0, -1]
         return abs(float(logits_V[one[place]] - logits_V[other[place]])) < 1e-3
 

@@ -1,6 +1,7 @@
 """Many adapters together beside the same adapters one after the other, on SmolLM2-135M; and beside peft.
 
     python benchmarks/train_many.py [--quick] [--only same,mixed,large,peft,count,nf4,sweep] [--data FOLDER]
+                                    [--device cpu|cuda] [--dtype fp32|bf16|auto]
 
 same, mixed, nf4    both sides are steps of the same jobs in one process: with a budget of one micro-batch each pass is
                     one adapter's, which is what a run alone computes, pass for pass; with the whole budget the adapters
@@ -9,6 +10,8 @@ large               a process for each side: eight jobs of 4 x 256 tokens under 
 peft                eight peft runs in a loop by hand with a fused AdamW, rows of 1 (nothing is padded), the same rows
 count               64 adapters of 16 tokens each beside one of 1,024
 sweep               `deltaw.compare.sweep` over six ranks in one process, and in six; loading and evaluation included
+
+Memory is the process's, or what is allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +34,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, report
 from train_real import DATA, LR, instructions, peft_loop
+from where import add_options, chosen, finish, short
 
 import deltaw
 from deltaw import bases
 from deltaw.compare import SweepConfig, sweep
-from deltaw.data import Example, pack
+from deltaw.data import Example
 from deltaw.train import Job, ManyConfig, TrainMany, passes
+from deltaw.train.examples import Layout
 from deltaw.train.memory import memory_in_use, peak_memory
 from deltaw.train.state import Batch
 
@@ -44,13 +51,40 @@ TARGETS: tuple[Any, ...] = ("all-linear", ("q_proj", "v_proj"), ("q_proj", "k_pr
                             ("gate_proj", "up_proj", "down_proj"), "all-linear", ("q_proj", "v_proj"), ("o_proj",))
 
 
+LOSSES = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+"""How far losses of the same job may be apart alone and together, in proportion."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where all sides compute, and in which format the base is."""
+
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The same for a config of ours."""
+        return {"device": self.device, "dtype": short(self.dtype)}
+
+    def base(self, **more: Any) -> bases.Base:
+        return bases.load_base(MODEL, **self.options, **more)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        finish(self.device)
+        began = time.perf_counter()
+        run()
+        finish(self.device)
+        return time.perf_counter() - began
+
+
 class Fixed:
     """The same packed micro-batch over and over, every token of it learned from."""
 
-    def __init__(self, seed: int, rows: int, tokens: int) -> None:
+    def __init__(self, base: bases.Base, seed: int, rows: int, tokens: int) -> None:
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(5, 30000, (rows, tokens), generator=draw).tolist()
-        self.batch = Batch(pack([Example(row, row, "") for row in ids]))
+        self.batch = Layout(base, packed=True).batch([Example(row, row, "") for row in ids])
 
     def __next__(self) -> Batch:
         return self.batch
@@ -62,24 +96,18 @@ class Fixed:
         pass
 
 
-def jobs(folder: Path, loras: list[deltaw.LoraConfig], rows: int, tokens: int) -> list[Job]:
+def jobs(where: Where, folder: Path, loras: list[deltaw.LoraConfig], rows: int, tokens: int) -> list[Job]:
     """One job for each adapter, each with batches of its own."""
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": "one two three four " * 4}) + "\n" for _ in range(8)))
     made = []
     for number, lora in enumerate(loras):
         config = deltaw.TrainConfig(model=MODEL, data=str(data), out=str(folder / f"job{number}"), name=f"job{number}",
-                                    dtype="fp32", lora=lora, max_steps=10_000, schedule="constant", warmup_steps=0,
-                                    eval_every=0, save_every=0, eval_rows=1, samples=0, learning_rate=1e-4, seed=number,
-                                    doctor_steps=2)
-        made.append(Job(config=config, batches=lambda _, n=number: Fixed(n, rows, tokens)))
+                                    lora=lora, max_steps=10_000, schedule="constant", warmup_steps=0, eval_every=0,
+                                    save_every=0, eval_rows=1, samples=0, learning_rate=1e-4, seed=number,
+                                    doctor_steps=2, **where.options)
+        made.append(Job(config=config, batches=lambda base, n=number: Fixed(base, n, rows, tokens)))
     return made
-
-
-def seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 def rounds(many: TrainMany, budget: int, count: int) -> None:
@@ -116,15 +144,30 @@ def worst(x: list[torch.Tensor], y: list[torch.Tensor]) -> float:
     return max(distance([a], [b]) if float(b.norm()) else float(a.norm()) for a, b in zip(x, y, strict=True))
 
 
-def agree(many: TrainMany, one: int, all_: int) -> bool:
+@contextmanager
+def in_float64(model: torch.nn.Module) -> Iterator[None]:
+    """The model, with the adapters on it, in float64; then each tensor in its own format, to the bit."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    model.double()
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, before in buffers:
+            module._buffers.update(before)
+
+
+def agree(many: TrainMany, one: int, all_: int, dtype: torch.dtype) -> bool:
     """Whether passes that are shared are as near to the truth, gradients in float64, as passes alone.
 
-    Comparing the two in fp32 with each other would ask for more than either has: some tensors' gradients nearly cancel.
+    Comparing the two with each other would ask for more than either has: some tensors' gradients nearly cancel. In
+    bfloat16 both are off by some percent, and the bounds, which are proportions, are the same.
     """
     (a, alone), (b, together) = gradients(many, one), gradients(many, all_)
-    many.base.model.double()
-    _, truth = gradients(many, one)
-    many.base.model.float()
+    with in_float64(many.base.model):
+        _, truth = gradients(many, one)
     errors = {side: [distance(grads[name], truth[name]) for name in truth] for side, grads in
               (("alone", alone), ("together", together))}
     tensors = {side: max(worst(grads[name], truth[name]) for name in truth) for side, grads in
@@ -135,21 +178,21 @@ def agree(many: TrainMany, one: int, all_: int) -> bool:
           f"{max(errors['together']):.1e}; worst tensor {tensors['alone']:.1e} and {tensors['together']:.1e}; "
           f"between the two {between:.1e}; losses {losses:.1e}", flush=True)
     return (all(y <= 1.5 * x + 1e-7 for x, y in zip(errors["alone"], errors["together"], strict=True))
-            and tensors["together"] <= 2 * tensors["alone"] and losses <= 1e-6)
+            and tensors["together"] <= 2 * tensors["alone"] and losses <= LOSSES[dtype])
 
 
-def compare(base: bases.Base, name: str, loras: list[deltaw.LoraConfig], tokens: int, goal: float,
+def compare(where: Where, base: bases.Base, name: str, loras: list[deltaw.LoraConfig], tokens: int, goal: float,
             repeats: int) -> Case:
     """Tokens a second of a set, one row of so many tokens for each, against the same jobs one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         config, work = ManyConfig(out=f"{folder}/set", control=False), tokens * len(loras)
-        with TrainMany(jobs(Path(folder), loras, 1, tokens), config, base=base, quiet=True) as many:
+        with TrainMany(jobs(where, Path(folder), loras, 1, tokens), config, base=base, quiet=True) as many:
             rounds(many, tokens, 2 * len(loras))  # after which no gradient is zero, and the doctor is content
-            equal = agree(many, tokens, work)
+            equal = agree(many, tokens, work, where.dtype)
             together, alone = [], []
             for turn in range(repeats + 1):
-                a = seconds(lambda: rounds(many, work, 1))
-                b = seconds(lambda: rounds(many, tokens, len(loras)))
+                a = where.seconds(lambda: rounds(many, work, 1))
+                b = where.seconds(lambda: rounds(many, tokens, len(loras)))
                 if turn:
                     together.append(a)
                     alone.append(b)
@@ -157,25 +200,25 @@ def compare(base: bases.Base, name: str, loras: list[deltaw.LoraConfig], tokens:
                 "one after the other", goal, better="higher", equal=equal)
 
 
-def many_adapters(base: bases.Base, repeats: int, *, count: int = 64, tokens: int = 1024) -> Case:
+def many_adapters(where: Where, base: bases.Base, repeats: int, *, count: int = 64, tokens: int = 1024) -> Case:
     """Step time of 64 adapters with 16 tokens each beside one adapter with all 1,024."""
     lora = deltaw.LoraConfig(r=8, lora_alpha=16)
     times: dict[int, list[float]] = {1: [], count: []}
     for number in (1, count, 1):  # one before and one after: the machine's speed drifts
         with tempfile.TemporaryDirectory() as folder:
-            made = jobs(Path(folder), [lora] * number, count // number, tokens // count)
+            made = jobs(where, Path(folder), [lora] * number, count // number, tokens // count)
             with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
                 rounds(many, tokens, 2)  # after which the doctor has seen what it wants to
-                times[number] += [seconds(lambda: rounds(many, tokens, 1)) for _ in range(repeats)]
+                times[number] += [where.seconds(lambda: rounds(many, tokens, 1)) for _ in range(repeats)]
     ours, one = (statistics.median(times[number]) for number in (count, 1))
     return Case(f"{count} adapters, a step of {tokens} tokens", "s", ours, one, "1 adapter", 1.25)
 
 
-def quantized(repeats: int) -> list[Case]:
+def quantized(where: Where, repeats: int) -> list[Case]:
     """How often packed weights are unpacked in a step of eight adapters and of one, and what sharing saves."""
     from deltaw.core.packed import Packed
 
-    base = bases.load_base(MODEL, dtype="fp32", quantize="nf4")
+    base = where.base(quantize="nf4")
     lora, plain, count = deltaw.LoraConfig(r=8, lora_alpha=16), Packed.strips, [0]
 
     def counting(self: Packed, *args: Any) -> Any:
@@ -188,14 +231,15 @@ def quantized(repeats: int) -> list[Case]:
         for number in (1, 8):
             with tempfile.TemporaryDirectory() as folder:
                 config = ManyConfig(out=f"{folder}/set", control=False)
-                with TrainMany(jobs(Path(folder), [lora] * number, 1, 64), config, base=base, quiet=True) as many:
+                made = jobs(where, Path(folder), [lora] * number, 1, 64)
+                with TrainMany(made, config, base=base, quiet=True) as many:
                     rounds(many, 512, 1)
                     count[0] = 0
                     rounds(many, 512, 1)
                     calls[number] = count[0]
                     for _ in range(repeats if number == 8 else 0):
-                        together.append(seconds(lambda: rounds(many, 512, 1)))
-                        alone.append(seconds(lambda: rounds(many, 64, 8)))
+                        together.append(where.seconds(lambda: rounds(many, 512, 1)))
+                        alone.append(where.seconds(lambda: rounds(many, 64, 8)))
     finally:
         Packed.strips = plain  # type: ignore[method-assign]
     return [Case("NF4: weights unpacked in a step of 8 adapters", "times", calls[8], calls[1], "1 adapter", 1.0),
@@ -203,25 +247,26 @@ def quantized(repeats: int) -> list[Case]:
                  512 / statistics.median(alone), "one after the other", 1.6, better="higher")]
 
 
-def child(one: bool) -> None:
+def child(where: Where, one: bool) -> None:
     """Print what a process holds at most, and its speed: of one job of 4 x 256 tokens, or of eight in one budget."""
-    base = bases.load_base(MODEL, dtype="fp32")
+    base = where.base()
     with tempfile.TemporaryDirectory() as folder:
-        made = jobs(Path(folder), [deltaw.LoraConfig(r=8, lora_alpha=16)] * (1 if one else 8), 4, 256)
+        made = jobs(where, Path(folder), [deltaw.LoraConfig(r=8, lora_alpha=16)] * (1 if one else 8), 4, 256)
         with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
             before = memory_in_use()
             rounds(many, 1024, 2 if one else 16)  # the budget holds one job's step; after two the doctor is content
-            count = 3 if one else 8
-            spent = seconds(lambda: rounds(many, 1024, count))
+            count = 24 if where.device == "cuda" else 3 if one else 8
+            spent = where.seconds(lambda: rounds(many, 1024, count))
             counted = 1024 * many.bytes_per_token
     print(json.dumps({"peak": peak_memory(), "speed": count * 1024 / spent, "counted": counted, "before": before}))
 
 
-def large() -> list[Case]:
+def large(where: Where) -> list[Case]:
     """Eight jobs of 4 x 256 tokens beside one: tokens a second, and peak memory; a process for each side."""
     found: dict[str, list[dict[str, float]]] = {"one": [], "eight": []}
     for side in ("one", "eight", "one"):
-        out = subprocess.run([sys.executable, __file__, "--child", side], capture_output=True, text=True, check=True)
+        command = [sys.executable, __file__, "--child", side, *(f"--{k}={v}" for k, v in where.options.items())]
+        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[side].append(json.loads(out.stdout.splitlines()[-1]))
         last = found[side][-1]
         print(f"    {side}: 1,024 tokens were counted to keep {last['counted'] / 2**30:.2f} GiB; the process grew by "
@@ -233,16 +278,17 @@ def large() -> list[Case]:
                  max(run["peak"] for run in one) / 2**30, "one run", 1.3)]
 
 
-def against_peft(data: Path, steps: int) -> list[Case]:
+def against_peft(where: Where, data: Path, steps: int) -> list[Case]:
     """Eight adapters of six ranks on real instructions beside eight peft runs, rows of 1."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         instructions(data, folder / "rows.jsonl")
         made = [deltaw.TrainConfig(
             model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / f"r{number}"), name=f"r{number}",
-            dtype="fp32", lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=steps, batch_size=1,
-            schedule="constant", warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0, eval_rows=1,
-            seed=number, max_length=256, doctor_steps=2) for number, rank in enumerate((2, 4, 8, 16, 32, 64, 8, 16))]
+            lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=steps, batch_size=1, schedule="constant",
+            warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0, eval_rows=1, seed=number,
+            max_length=256, doctor_steps=2, **where.options)
+            for number, rank in enumerate((2, 4, 8, 16, 32, 64, 8, 16))]
         began = time.perf_counter()
         with TrainMany(made, ManyConfig(out=f"{temporary}/set", control=False, budget_tokens=1024), quiet=True) as many:
             streams = {name: job.session.examples.stream() for name, job in many.jobs.items()}
@@ -256,9 +302,9 @@ def against_peft(data: Path, steps: int) -> list[Case]:
                   for name, job in result.jobs.items() if job.result}
         theirs, equal, began = 0.0, True, time.perf_counter()
         for name in batches:
-            took, losses = peft_loop(batches[name], folder / "start" / name, torch.float32)
-            theirs += took
-            equal &= all(abs(a - b) <= 0.01 * b for a, b in zip(curves[name], losses, strict=True))
+            ends, losses = peft_loop(batches[name], folder / "start" / name, where.dtype, where.device)
+            theirs += ends[-1]
+            equal &= same_curve(curves[name], losses, where.dtype)
         tokens = sum(len(e.input_ids) for several in batches.values() for batch in several for e in batch)
         print(f"    {tokens:,} tokens; ours {spent:.1f} s in steps ({whole:.1f} s with loading, evaluation and files), "
               f"peft {theirs:.1f} s in steps ({time.perf_counter() - began:.1f} s with loading)", flush=True)
@@ -266,7 +312,14 @@ def against_peft(data: Path, steps: int) -> list[Case]:
                  "eight peft runs", 3.0, better="higher", equal=equal)]
 
 
-def rank_sweep(data: Path, steps: int) -> list[Case]:
+def same_curve(mine: list[float], its: list[float], dtype: torch.dtype) -> bool:
+    """Whether every loss is within one percent; in bfloat16, where a row with a short answer may be off, their mean."""
+    if dtype == torch.bfloat16:
+        mine, its = [statistics.mean(mine)], [statistics.mean(its)]
+    return all(abs(a - b) <= 0.01 * b for a, b in zip(mine, its, strict=True))
+
+
+def rank_sweep(where: Where, data: Path, steps: int) -> list[Case]:
     """A sweep of six ranks on real instructions: one process beside six, everything included."""
     ranks, spent, figures = (1, 2, 4, 8, 16, 32), {}, {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -274,9 +327,9 @@ def rank_sweep(data: Path, steps: int) -> list[Case]:
         instructions(data, folder / "rows.jsonl")
         for way in ("auto", "off"):
             train = deltaw.TrainConfig(
-                model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / way), dtype="fp32", max_steps=steps,
-                batch_size=1, warmup_steps=0, schedule="constant", learning_rate=LR, eval_rows=8, eval_every=0,
-                max_length=256, compile="off")
+                model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / way), max_steps=steps, batch_size=1,
+                warmup_steps=0, schedule="constant", learning_rate=LR, eval_rows=8, eval_every=0, max_length=256,
+                compile="off", **where.options)
             config = SweepConfig(train=train, ranks=ranks, seeds=(0,), together=way)  # type: ignore[arg-type]
             began = time.perf_counter()
             found = sweep(config, lambda line: print(f"      {line[:110]}", flush=True))
@@ -284,8 +337,9 @@ def rank_sweep(data: Path, steps: int) -> list[Case]:
             figures[way] = [row.figures["loss"].mean for row in found.rows]
     worst = max(abs(a - b) / b for a, b in zip(figures["auto"], figures["off"], strict=True))
     print(f"    held-out losses differ by {worst:.1e} at most", flush=True)
+    equal = len(figures["off"]) == len(ranks) and worst < (1e-3 if where.dtype == torch.float32 else 1e-2)
     return [Case(f"sweep of 6 ranks, {steps} steps each on real instructions", "s", spent["auto"], spent["off"],
-                 "six processes", 0.6, equal=len(figures["off"]) == len(ranks) and worst < 1e-3)]
+                 "six processes", 0.6, equal=equal)]
 
 
 def main() -> int:
@@ -295,22 +349,25 @@ def main() -> int:
     parser.add_argument("--only", default="same,mixed,large,peft,count,nf4,sweep", help="some of these cases")
     parser.add_argument("--child", choices=["one", "eight"], help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=DATA)
+    add_options(parser, dtype="fp32")
     args = parser.parse_args()
+    where, gpu = Where(args.device, chosen(args)), args.device == "cuda"
     if args.child:
-        child(args.child == "one")
+        child(where, args.child == "one")
         return 0
-    only, repeats = args.only.split(","), 2 if args.quick else 6
-    base = bases.load_base(MODEL, dtype="fp32") if {"same", "mixed", "count"} & set(only) else None
+    only, repeats = args.only.split(","), 2 if args.quick else 20 if gpu else 6
+    base = where.base() if {"same", "mixed", "count"} & set(only) else None
     same = [deltaw.LoraConfig(r=8, lora_alpha=16)] * 8
     mixed = [deltaw.LoraConfig(r=r, lora_alpha=16, target_modules=t) for r, t in zip(RANKS, TARGETS, strict=True)]
     todo: dict[str, Callable[[], list[Case]]] = {
-        "same": lambda: [compare(base, "8 adapters, 1 x 64 tokens, r=8", same, 64, 1.6, repeats)],
-        "mixed": lambda: [compare(base, "8 adapters, 1 x 64 tokens, r=1..64, mixed targets", mixed, 64, 1.4, repeats)],
-        "large": large,
-        "peft": lambda: against_peft(args.data, 3 if args.quick else 8),
-        "count": lambda: [many_adapters(base, 2 if args.quick else 3)],
-        "nf4": lambda: quantized(2 if args.quick else 3),
-        "sweep": lambda: rank_sweep(args.data, 6 if args.quick else 12),
+        "same": lambda: [compare(where, base, "8 adapters, 1 x 64 tokens, r=8", same, 64, 1.6, repeats)],
+        "mixed": lambda: [compare(where, base, "8 adapters, 1 x 64 tokens, r=1..64, mixed targets", mixed, 64, 1.4,
+                                 repeats)],
+        "large": lambda: large(where),
+        "peft": lambda: against_peft(where, args.data, 3 if args.quick else 40 if gpu else 8),
+        "count": lambda: [many_adapters(where, base, 2 if args.quick else 10 if gpu else 3)],
+        "nf4": lambda: quantized(where, 2 if args.quick else 10 if gpu else 3),
+        "sweep": lambda: rank_sweep(where, args.data, 6 if args.quick else 40 if gpu else 12),
     }
     cases = []
     for name in only:

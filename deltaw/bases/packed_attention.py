@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.bases.any_length import attention_of_any_length
+
 NAME = "deltaw"
 PLACES = "cu_seq_lens_q"
 """The name under which a model passes on where examples begin: int32, (examples + 1,), from 0 to T, on the CPU."""
@@ -89,11 +91,12 @@ def _each(query: Tensor, key: Tensor, value: Tensor, places: Tensor, dropout: fl
     """Example by example, in differentiable operations for any device."""
     lengths = [b - a for a, b in pairwise(places.tolist())]
     parts = []
-    for q, k, v, n in zip(*(torch.split(t, lengths, 2) for t in (query, key, value)), lengths, strict=True):
-        mask = None if not window or n <= window else _band(n, window, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                                             scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        parts.append(out.transpose(1, 2))
+    with attention_of_any_length(query.device):
+        for q, k, v, n in zip(*(torch.split(t, lengths, 2) for t in (query, key, value)), lengths, strict=True):
+            mask = None if not window or n <= window else _band(n, window, q.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
+                                                 scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            parts.append(out.transpose(1, 2))
     return torch.cat(parts, 1)
 
 

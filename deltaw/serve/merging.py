@@ -57,7 +57,7 @@ class AutoMerge:
                 self._since = float("inf")
                 return
             total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-            (total.t() if site.geometry.transposed else total).addmm_(B_RO.t().to(total.dtype), A_RI.to(total.dtype))
+            (total.t() if site.geometry.transposed else total).addmm_(B_RO.t().to(total), A_RI.to(total))
             swaps.append(Swap(site.host, site.parameter, total.to(base.dtype)))
         self.undo()
         self._undo = Merged({}, {})

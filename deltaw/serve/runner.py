@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from deltaw.bases.any_length import attention_of_any_length
 from deltaw.serve.banks import Banks
 from deltaw.serve.cache import RaggedCache, Span, UnknownAttention
 from deltaw.serve.native.build import NoKernel
@@ -85,8 +86,9 @@ class RowRunner:
         at = torch.tensor(keep, device=self.device, dtype=torch.long)
         chosen = {"logits_to_keep": at} if self._keeps_logits else {}
         try:
-            out = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False, return_dict=True,
-                             position_ids=torch.tensor([positions], device=self.device), **chosen)
+            with attention_of_any_length(self.device):
+                out = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False, return_dict=True,
+                                 position_ids=torch.tensor([positions], device=self.device), **chosen)
         finally:
             self.banks.clear()
         logits: Tensor = out.logits[0]
