@@ -1,4 +1,4 @@
-"""Serving where the base is not on the processor: adapters are read in its memory, and everything else is the base's."""
+"""Serving where the base is not on the processor: adapters are read there, and all else is on the base's device."""
 
 from __future__ import annotations
 
