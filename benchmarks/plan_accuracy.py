@@ -4,8 +4,9 @@
 
 Real runs: `deltaw.train` on a folder of random weights (or SmolLM2's own), with data, evaluation, checkpoints and
 samples. Memory is the most the process ever had resident (VmHWM), libraries and loading included; beside it stands the
-error of what the run adds to an idle process, which is the harder figure. The time of a step is the median of those
-after the first. Constants of the plan are set on the cases marked *; the others judge it. Times are worth something on
+error of what the run adds to an idle process, which is the harder figure. On a GPU (`--device cuda`) it is the most
+that torch's allocator reserved and the context beside it, an idle process being one with a context. The time of a step
+is the median of those after the first. Constants of the plan are set on the cases marked *; the others judge it. Times are worth something on
 a quiet machine only.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -148,7 +150,7 @@ def folder_of(run: Run, root: Path) -> str:
     return str(folder)
 
 
-def options_of(run: Run, model: str, root: Path) -> dict[str, Any]:
+def options_of(run: Run, model: str, root: Path, device: str) -> dict[str, Any]:
     """What `deltaw train` is given."""
     data = root / f"{run.task}.jsonl"
     if not data.is_file():
@@ -162,17 +164,33 @@ def options_of(run: Run, model: str, root: Path) -> dict[str, Any]:
             "eval_every": 0, "save_every": 2,
             "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
-            "optimizer": run.optimizer, "learning_rate": 1e-4, "schedule": "constant", "warmup_ratio": 0.0}
+            "optimizer": run.optimizer, "device": device, "learning_rate": 1e-4, "schedule": "constant", "warmup_ratio": 0.0}
 
 
 def child(options: dict[str, Any]) -> None:
     """Train, and print what it took."""
+    import torch
+
     from deltaw.train.config import TrainConfig
     from deltaw.train.run import train
 
     train(TrainConfig.from_dict(options), quiet=True)
     rows = [json.loads(line) for line in (Path(options["out"]) / "metrics.jsonl").read_text().splitlines()]
-    print(json.dumps({"peak": status("VmHWM"), "rows": rows}))
+    context = context_of_gpu() if options["device"] == "cuda" else 0.0
+    peak = torch.cuda.max_memory_reserved() + context if context else status("VmHWM")
+    print(json.dumps({"peak": peak, "context": context, "rows": rows}))
+
+
+def context_of_gpu() -> float:
+    """Bytes of the card that this process holds beside torch's allocator: the context and the libraries' kernels."""
+    import pynvml  # nvidia-ml-py
+    import torch
+
+    pynvml.nvmlInit()
+    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    mine = [process.usedGpuMemory for process in found if process.pid == os.getpid() and process.usedGpuMemory]
+    free, total = torch.cuda.mem_get_info()  # of all processes, where the driver does not tell them apart
+    return float((mine[0] if mine else total - free) - torch.cuda.memory_reserved())
 
 
 def status(name: str) -> float:
@@ -193,7 +211,7 @@ def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
         quantize="nf4" if quantize == "none" else quantize,
         max_new_tokens=options["max_new_tokens"], virtual_tokens=baseline.prefix_tokens,
         bottleneck=baseline.bottleneck,
-        batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"], device="cpu",
+        batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"], device=options["device"],
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
         optimizer=options["optimizer"]), search=False, calibrates=calibrates).methods[0]
 
@@ -206,7 +224,8 @@ def measured(options: dict[str, Any]) -> dict[str, float]:
         raise RuntimeError(done.stderr[-3000:])
     found = json.loads(done.stdout.strip().splitlines()[-1])
     ends = [row["seconds"] for row in found["rows"] if row["event"] == "step"]
-    return {"peak": found["peak"], "seconds": statistics.median(b - a for a, b in pairwise(ends))}
+    return {"peak": found["peak"], "context": found["context"],
+            "seconds": statistics.median(b - a for a, b in pairwise(ends))}
 
 
 def idle() -> float:
@@ -252,6 +271,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="six cases")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--exact", help="the case of this name")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first, and judge times")
     parser.add_argument("--keep", help="folder for bases and results; what is there is not measured again")
     parser.add_argument("--times", action="store_true", help="short runs for times only, a dozen; implies --calibrate")
@@ -268,13 +288,13 @@ def main() -> int:
         chosen = [run for run in RUNS if args.only in run.name and args.exact in (None, run.name.strip("* "))]
         chosen = [run for run in chosen if run.name.strip("* ") in TIMED] if args.times else chosen
         chosen = chosen[:12:2] if args.quick else chosen
-        rows, rest, calibrates = [], kept_idle(root), (args.calibrate or args.times) and not args.replan
+        rows, calibrates = [], (args.calibrate or args.times) and not args.replan
         for run in chosen:
-            digest = hashlib.sha256(repr(replace(run, seen=False)).encode()).hexdigest()[:12]
+            digest = hashlib.sha256((repr(replace(run, seen=False)) + ("cuda" if args.device == "cuda" else "")).encode()).hexdigest()[:12]
             kept = root / f"{'time' if args.times else 'result'}-{digest}.json"
             if args.replan and not kept.is_file():
                 continue
-            options = options_of(run, folder_of(run, root), root)
+            options = options_of(run, folder_of(run, root), root, args.device)
             options |= {"max_steps": 5, "save_every": 0, "eval_rows": 1, "samples": 0} if args.times else {}
             if args.measure:
                 kept.write_text(json.dumps(measured(options)), encoding="utf-8")
@@ -283,6 +303,7 @@ def main() -> int:
             calibrates = calibrates and said.step_seconds is None
             real = json.loads(kept.read_text()) if kept.is_file() else measured(options)
             kept.write_text(json.dumps(real), encoding="utf-8")
+            rest = real["context"] if args.device == "cuda" else kept_idle(root)
             row = asdict(run) | {
                 "planned": said.peak, "peak": real["peak"], "error": said.peak / real["peak"] - 1,
                 "error_above_idle": (said.peak - real["peak"]) / max(real["peak"] - rest, 1),
