@@ -1,15 +1,19 @@
 """QLoRA (nf4, double quantization) beside our LoRA over 16 bits, and beside peft with bitsandbytes.
 
-    python benchmarks/quantized.py [--quick] [--only time,memory-bf16,memory-fp32,load] [--shape 0.5b|1b]
+    python benchmarks/quantized.py [--quick] [--only time,memory-bf16,memory-fp32,load] [--shape 0.5b|1b|7b]
+                                   [--device cpu|cuda] [--rows 1 --tokens 512]
 
-Qwen2.5-0.5B's shapes with random weights, or TinyLlama-1.1B's; all-linear r=8, one row of 512 tokens, every one learned
-from. `--keep FOLDER` keeps the model for the next call, so that each case can have a call of its own.
+Qwen2.5-0.5B's shapes with random weights, TinyLlama-1.1B's or Llama-2-7B's; all-linear r=8, every token learned from.
+`--keep FOLDER` keeps the model for the next call, so that each case can have a call of its own.
 
 Memory is the most that a fresh process held (VmHWM), loading included, less what it held after its imports ("training
 memory"); layers are computed again in the backward pass on all sides. QLoRA and LoRA are both computed in bf16, with
 16-bit embeddings, as on hardware that has bf16 instructions.
 Time is measured in fp32 on all sides, since processors without bf16 instructions emulate them: QLoRA beside LoRA over
 fp32 weights, which is the faster of the two unquantized ways here. All activations are kept.
+
+On a GPU everything is in bf16, peft's factors too, as it is faster and smaller so; memory is the most that the GPU's
+allocator had given out in a fresh process, loading included (what it held is printed beside it).
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +33,28 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from big_model import high_water
-from pairs import Case, report
+from pairs import Case, report, timed
+from shapes import SHAPES, batch_of, model_of
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MB = 1e6
 Step = Callable[[], float]
+NAMES = {"0.5b": "qwen", "1b": "llama1b", "7b": "llama7b"}
+CASES = {"cpu": "time,memory-bf16,memory-fp32,load", "cuda": "time,memory-bf16,load"}
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
-             "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-             "tie_word_embeddings": True},
-    "1b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
-           "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False},
-}
-CASES = ("time", "memory-bf16", "memory-fp32", "load")
-
-
-def write_model(folder: Path, shape: dict[str, Any]) -> None:
+def write_model(folder: Path, shape: str, layers: int, device: str) -> None:
     """A model folder of this shape in bf16."""
     from tokenizers import Tokenizer, models
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**shape, dtype="bfloat16")
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
+    model_of(shape, torch.bfloat16, layers, device).save_pretrained(folder, max_shard_size="500MB")
     core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, "<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
 
 
-def batch_of(tokens: int) -> dict[str, torch.Tensor]:
-    """One row of random tokens."""
-    ids = torch.randint(5, 30000, (1, tokens), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def ours(folder: Path, dtype: str, quantize: Any, tokens: int, *, recompute: bool) -> tuple[Step, Any]:
+def ours(folder: Path, dtype: str, quantize: Any, size: tuple[int, int], device: str, *,
+         recompute: bool) -> tuple[Step, Any]:
     """A step of ours, and its board."""
     import deltaw
     from deltaw.bases import load_base
@@ -72,10 +62,10 @@ def ours(folder: Path, dtype: str, quantize: Any, tokens: int, *, recompute: boo
     from deltaw.train.objective import CausalLoss
     from deltaw.train.optimizer import adamw
 
-    model = load_base(str(folder), dtype=dtype, quantize=quantize).model.train()
+    model = load_base(str(folder), dtype=dtype, quantize=quantize, device=device).model.train()
     board = deltaw.attach(model, deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR), seed=0)
-    batch, objective = batch_of(tokens), CausalLoss()
-    board.share_inputs(lambda: objective.loss(model, {n: t[:, :64] for n, t in batch.items()}))
+    batch, objective = batch_of(*size, device), CausalLoss()
+    board.share_inputs(lambda: objective.loss(model, {n: t[:1, :64] for n, t in batch.items()}))
     if recompute:
         recompute_activations(model)
     optimizer, units = adamw(board.parameters("default"), learning_rate=1e-4), objective.units(batch)
@@ -90,26 +80,29 @@ def ours(folder: Path, dtype: str, quantize: Any, tokens: int, *, recompute: boo
     return step, board
 
 
-def peft_bitsandbytes(folder: Path, dtype: str, tokens: int, *, recompute: bool,
+def peft_bitsandbytes(folder: Path, dtype: str, size: tuple[int, int], device: str, *, recompute: bool,
                       factors: dict[str, torch.Tensor] | None = None) -> Step:
     """The same step by transformers, peft and bitsandbytes."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     number = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    placed = {"device_map": {"": device}} if device == "cuda" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=number, quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=number))
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=number), **placed)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR,
-                                                       task_type="CAUSAL_LM")).train()
+    model = peft.get_peft_model(model, peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=device == "cpu")
+    model.train()
     for name, parameter in model.named_parameters():
         if factors is not None and ".lora_A." in name:
             site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
             parameter.data.copy_(factors[f"{site}.lora_A"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0,
                                   fused=True)
-    batch = batch_of(tokens)
+    batch = batch_of(*size, device)
 
     def step() -> float:
         loss = model(**batch).loss
@@ -121,63 +114,71 @@ def peft_bitsandbytes(folder: Path, dtype: str, tokens: int, *, recompute: bool,
     return step
 
 
-def child(side: str, folder: Path, dtype: str, tokens: int) -> None:
+def child(side: str, folder: Path, dtype: str, size: tuple[int, int], device: str) -> None:
     """One side in this process: what it held at most, and after its imports."""
     import bitsandbytes  # noqa: F401
 
     if side == "peft":
         import peft  # noqa: F401
-    before = high_water()
+    before = highest(device)["peak"]
     if side == "load":
         from deltaw.bases import load_base
         from deltaw.train.memory import memory_in_use
 
-        began = time.perf_counter()
-        model = load_base(str(folder), dtype=dtype, quantize="nf4").model
-        seconds = time.perf_counter() - began
-        largest = max(p.numel() * (2 if dtype == "bf16" else 4) for p in model.parameters() if p.is_floating_point())
-        print(json.dumps({"before": before, "peak": high_water(), "final": memory_in_use(), "largest": largest,
-                          "seconds": seconds, "losses": []}))
+        seconds, base = timed(lambda: load_base(str(folder), dtype=dtype, quantize="nf4", device=device), device)
+        width = 2 if dtype == "bf16" else 4
+        largest = max(p.numel() * width for p in base.model.parameters() if p.is_floating_point())
+        print(json.dumps(highest(device) | {"before": before, "final": memory_in_use(), "largest": largest,
+                                            "seconds": seconds, "losses": []}))
         return
     if side == "peft":
-        step = peft_bitsandbytes(folder, dtype, tokens, recompute=True)
+        step = peft_bitsandbytes(folder, dtype, size, device, recompute=True)
     else:
-        step, _ = ours(folder, dtype, "nf4" if side == "qlora" else None, tokens, recompute=True)
+        step, _ = ours(folder, dtype, "nf4" if side == "qlora" else None, size, device, recompute=True)
     losses = [step() for _ in range(2)]
-    print(json.dumps({"before": before, "peak": high_water(), "losses": losses}))
+    print(json.dumps(highest(device) | {"before": before, "losses": losses}))
 
 
-def measured(side: str, folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
+def highest(device: str) -> dict[str, int]:
+    """The most bytes that this process had so far, and that a GPU's allocator held for it."""
+    if device == "cuda":
+        return {"peak": torch.cuda.max_memory_allocated(), "held": torch.cuda.max_memory_reserved()}
+    return {"peak": high_water()}
+
+
+def measured(side: str, folder: Path, dtype: str, size: tuple[int, int], device: str) -> dict[str, Any]:
     """The figures of a fresh process."""
-    command = [sys.executable, __file__, "--child", side, "--folder", str(folder), "--dtype", dtype, "--tokens",
-               str(tokens)]
+    command = [sys.executable, __file__, "--child", side, "--folder", str(folder), "--dtype", dtype, "--rows",
+               str(size[0]), "--tokens", str(size[1]), "--device", device]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"  {side:6} {dtype}: peak {found['peak'] / MB:6.0f} MB, {found['before'] / MB:4.0f} after imports; losses "
-          f"{[round(loss, 4) for loss in found['losses']]}", flush=True)
+    held = f", {found['held'] / MB:.0f} held" if "held" in found else ""
+    print(f"  {side:6} {dtype}: peak {found['peak'] / MB:6.0f} MB{held}, {found['before'] / MB:4.0f} after imports; "
+          f"losses {[round(loss, 4) for loss in found['losses']]}", flush=True)
     return found
 
 
-def memory_cases(folder: Path, dtype: str, tokens: int) -> list[Case]:
+def memory_cases(folder: Path, dtype: str, size: tuple[int, int], device: str) -> list[Case]:
     """Peaks of QLoRA, LoRA and peft."""
-    sides = {side: measured(side, folder, dtype, tokens) for side in ("qlora", "lora", "peft")}
+    names = ("qlora", "lora", "peft")
+    with ThreadPoolExecutor(3 if device == "cuda" else 1) as pool:  # a GPU's figure is the process's own
+        found = list(pool.map(lambda side: measured(side, folder, dtype, size, device), names))
+    sides = dict(zip(names, found, strict=True))
     held = {side: (found["peak"] - found["before"]) / MB for side, found in sides.items()}
     whole = {side: found["peak"] / MB for side, found in sides.items()}
     bits = "16-bit" if dtype == "bf16" else "32-bit"
     near = abs(sides["qlora"]["losses"][0] / sides["peft"]["losses"][0] - 1) < 2e-2
-    return [Case(f"training memory, {dtype}", "MB", held["qlora"], held["lora"], f"our {bits} LoRA", 0.55),
-            Case(f"training memory, {dtype}", "MB", held["qlora"], held["peft"], "peft + bitsandbytes", 0.8,
-                 equal=near),
-            Case(f"whole process, {dtype}", "MB", whole["qlora"], whole["lora"], f"our {bits} LoRA", 0.55),
-            Case(f"whole process, {dtype}", "MB", whole["qlora"], whole["peft"], "peft + bitsandbytes", 0.8,
-                 equal=near)]
+    shown = {"training memory": held} | ({} if device == "cuda" else {"whole process": whole})
+    return [case for what, of in shown.items() for case in (
+        Case(f"{what}, {dtype}", "MB", of["qlora"], of["lora"], f"our {bits} LoRA", 0.55),
+        Case(f"{what}, {dtype}", "MB", of["qlora"], of["peft"], "peft + bitsandbytes", 0.8, equal=near))]
 
 
-def load_cases(folder: Path, tokens: int) -> list[Case]:
+def load_cases(folder: Path, size: tuple[int, int], device: str) -> list[Case]:
     """The peak of loading, beside what is held after it and three of the largest tensor."""
     cases = []
-    for dtype in ("bf16", "fp32"):
-        load = measured("load", folder, dtype, tokens)
+    for dtype in ("bf16",) if device == "cuda" else ("bf16", "fp32"):
+        load = measured("load", folder, dtype, size, device)
         bound = (load["final"] - load["before"] + 3 * load["largest"]) / MB
         cases.append(Case(f"peak of loading in {dtype}", "MB", (load["peak"] - load["before"]) / MB, bound,
                           "final + 3 tensors", 1.0))
@@ -185,59 +186,68 @@ def load_cases(folder: Path, tokens: int) -> list[Case]:
     return cases
 
 
-def time_cases(folder: Path, tokens: int, repeats: int) -> list[Case]:
-    """Seconds of a step of each side, in turns."""
-    qlora, board = ours(folder, "fp32", "nf4", tokens, recompute=False)
+def time_cases(folder: Path, size: tuple[int, int], device: str, repeats: int) -> list[Case]:
+    """Seconds of a step of each side, in turns, after a turn that is not counted (on a GPU three)."""
+    dtype, warm = ("bf16", 3) if device == "cuda" else ("fp32", 1)
+    qlora, board = ours(folder, dtype, "nf4", size, device, recompute=False)
     factors = {name: p.detach().clone() for name, p in board.parameters("default").items()}
-    steps = {"qlora": qlora, "lora": ours(folder, "fp32", None, tokens, recompute=False)[0],
-             "peft": peft_bitsandbytes(folder, "fp32", tokens, recompute=False, factors=factors)}
+    steps = {"qlora": qlora, "lora": ours(folder, dtype, None, size, device, recompute=False)[0],
+             "peft": peft_bitsandbytes(folder, dtype, size, device, recompute=False, factors=factors)}
     times: dict[str, list[float]] = {side: [] for side in steps}
     losses: dict[str, list[float]] = {side: [] for side in steps}
-    for turn in range(repeats + 1):
+    for _ in range(repeats + warm):
         for side, step in steps.items():
-            began = time.perf_counter()
-            losses[side].append(step())
-            if turn:
-                times[side].append(time.perf_counter() - began)
-    middle = {side: statistics.median(found) for side, found in times.items()}
+            seconds, loss = timed(step, device)
+            losses[side].append(loss)
+            times[side].append(seconds)
+    middle = {side: statistics.median(found[warm:]) for side, found in times.items()}
     print(f"  losses {losses}")
-    near = all(abs(a / b - 1) < 1e-4 for a, b in zip(losses["qlora"], losses["peft"], strict=True))
+    tolerance = 1e-4 if dtype == "fp32" else 2e-2
+    near = all(abs(a / b - 1) < tolerance for a, b in zip(losses["qlora"], losses["peft"], strict=True))
     print(f"  seconds {times}")
-    return [Case(f"step of {tokens} tokens, fp32", "s", middle["qlora"], middle["lora"], "our LoRA over fp32", 1.15),
-            Case(f"step of {tokens} tokens, fp32", "s", middle["qlora"], middle["peft"], "peft + bitsandbytes", 0.8,
-                 equal=near)]
+    what = f"step of {size[0]} x {size[1]} tokens, {dtype}"
+    return [Case(what, "s", middle["qlora"], middle["lora"], f"our LoRA over {dtype}", 1.15),
+            Case(what, "s", middle["qlora"], middle["peft"], "peft + bitsandbytes", 0.8, equal=near)]
 
 
 def main() -> int:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 layers, 128 tokens: the embedding weighs too much")
-    parser.add_argument("--shape", choices=list(SHAPES), default="0.5b")
+    parser.add_argument("--shape", choices=list(NAMES), default="0.5b")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default=",".join(CASES), help="of " + ",".join(CASES))
+    parser.add_argument("--repeats", type=int, help="3, on a GPU 20")
+    parser.add_argument("--only", help="of " + CASES["cpu"])
     parser.add_argument("--keep", type=Path, help="folder of models; what is there is not written again")
     parser.add_argument("--child")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args()
-    tokens = args.tokens or (128 if args.quick else 512)
+    size, device = (args.rows, args.tokens or (128 if args.quick else 512)), args.device
     if args.child:
-        child(args.child, args.folder, args.dtype, tokens)
+        child(args.child, args.folder, args.dtype, size, device)
         return 0
-    shape = dict(SHAPES[args.shape])
-    shape["num_hidden_layers"] = args.layers or (8 if args.quick else shape["num_hidden_layers"])
+    shape = NAMES[args.shape]
+    layers = args.layers or (8 if args.quick else SHAPES[shape]["num_hidden_layers"])
     cases: list[Case] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (args.keep or Path(scratch)) / f"{args.shape}-{shape['num_hidden_layers']}"
+        folder = (args.keep or Path(scratch)) / f"{args.shape}-{layers}"
         if not folder.is_dir():
-            write_model(folder, shape)
-        for name in args.only.split(","):
+            print(f"  written in {timed(lambda: write_model(folder, shape, layers, device), device)[0]:.0f} s")
+        for name in (args.only or CASES[device]).split(","):
             kind, _, dtype = name.partition("-")
-            cases += {"time": lambda: time_cases(folder, tokens, args.repeats), "load": lambda: load_cases(
-                folder, tokens), "memory": lambda dtype=dtype: memory_cases(folder, dtype, tokens)}[kind]()
-    return report("quantized", cases) and 0
+            if kind == "time":
+                cases += time_cases(folder, size, device, args.repeats or (20 if device == "cuda" else 3))
+            elif kind == "memory":
+                cases += memory_cases(folder, dtype, size, device)
+            else:
+                cases += load_cases(folder, size, device)
+            if device == "cuda":
+                torch.cuda.empty_cache()  # the next case is measured in processes of its own
+    return report("quantized", cases, device) and 0
 
 
 if __name__ == "__main__":

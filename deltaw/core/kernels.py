@@ -116,7 +116,8 @@ class _LowRankLinear(torch.autograd.Function):
                 *flat: Any) -> tuple[Tensor, ...]:
         W, b, A, B = _columns(flat)
         x_NI = x.reshape(-1, x.shape[-1])
-        H = _dropped(x_NI, keep, kept) @ _stack(A, x.dtype).t()
+        A_RI = _stack(A, x.dtype)
+        H = _dropped(x_NI, keep, kept) @ A_RI.t()
         outputs, start = [], 0
         for i, scale in enumerate(scales):
             y, y_NO = output_for(x, W[i].shape[0])
@@ -125,7 +126,7 @@ class _LowRankLinear(torch.autograd.Function):
             y_NO.addmm_(h_NR, B[i].to(x.dtype).t(), alpha=scale)
             outputs.append(y)
             start += A[i].shape[0]
-        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None,
+        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, A_RI,
                               *(None if isinstance(w, Stripped) else w for w in W), *A, *B)
         ctx.kept, ctx.scales, ctx.stripped = kept, scales, [w if isinstance(w, Stripped) else None for w in W]
         ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size
@@ -136,28 +137,26 @@ class _LowRankLinear(torch.autograd.Function):
         count = len(ctx.scales)
         if all(grad is None for grad in grads):
             return (None,) * (4 + 4 * count)
-        x, keep, H, *rest = ctx.saved_tensors
+        x, keep, H, A_RI, *rest = ctx.saved_tensors
         W = [tensor if stripped is None else stripped
              for tensor, stripped in zip(rest[:count], ctx.stripped, strict=True)]
         A, B = rest[count:2 * count], rest[2 * count:]
         x_NI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        if torch.is_grad_enabled():
+            H, A_RI = None, _stack(A, x.dtype)  # kept as values: a second derivative needs their graph
         wanted = [ctx.needs_input_grad[4 + i] for i in range(4 * count)]
         for_A, for_B = wanted[2::4], wanted[3::4]
         dx = dH = None
         if ctx.needs_input_grad[0] or any(for_A):
-            dH = torch.cat([x_NI.new_zeros(len(x_NI), A_RI.shape[0]) if g_NO is None else
-                            (g_NO @ B_OR.to(x.dtype)).mul_(scale)
-                            for g_NO, A_RI, B_OR, scale in zip(g, A, B, ctx.scales, strict=True)], 1)
+            dH = _gradient_of_H(x_NI, g, B, ctx.scales)
         if ctx.needs_input_grad[0]:
             assert dH is not None
-            dx = _gradient_of_x(x, keep, ctx.kept, g, W, dH, _stack(A, x.dtype))
+            dx = _gradient_of_x(x, keep, ctx.kept, g, W, dH, A_RI)
         dA: list[Tensor | None] = [None] * count
         dB: list[Tensor | None] = [None] * count
         if any(for_A) or any(for_B):
             dropped = _dropped(x_NI, keep, ctx.kept)
-            if torch.is_grad_enabled():
-                H = None  # kept as a value: a second derivative needs its graph
             if all(gradient_of_weight_is_shorter(len(x_NI), w.shape[1], w.shape[0], a.shape[0])
                    for w, a in zip(W, A, strict=True)):
                 dA, dB = _through_weight(dropped, g, A, B, ctx.scales)
@@ -202,6 +201,15 @@ def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Te
         torch.mm(x_NI, W.t(), out=y_NO)
     else:
         torch.addmm(b, x_NI, W.t(), out=y_NO)
+
+
+def _gradient_of_H(x_NI: Tensor, g: Sequence[Tensor | None], B: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """[sᵢ·gᵢ Bᵢ]; small launches are what a GPU waits for, so one scale of all is multiplied once."""
+    parts = [x_NI.new_zeros(len(x_NI), B_OR.shape[1]) if g_NO is None else g_NO @ B_OR.to(x_NI.dtype)
+             for g_NO, B_OR in zip(g, B, strict=True)]
+    if len(set(scales)) > 1:
+        return torch.cat([part.mul_(scale) for part, scale in zip(parts, scales, strict=True)], 1)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(scales[0])
 
 
 def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tensor | None],
