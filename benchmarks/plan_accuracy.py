@@ -6,8 +6,8 @@ Real runs: `deltaw.train` on a folder of random weights (or SmolLM2's own), with
 samples. Memory is the most the process ever had resident (VmHWM), libraries and loading included; beside it stands the
 error of what the run adds to an idle process, which is the harder figure. On a GPU (`--device cuda`) it is the most
 that torch's allocator reserved and the context beside it, an idle process being one with a context. The time of a step
-is the median of those after the first. Constants of the plan are set on the cases marked *; the others judge it. Times are worth something on
-a quiet machine only.
+is the median of those after the first. Constants of the plan are set on the cases marked *; the others judge it. Times
+are worth something on a quiet machine only.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def options_of(run: Run, model: str, root: Path, device: str) -> dict[str, Any]:
             "eval_every": 0, "save_every": 2,
             "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
-            "optimizer": run.optimizer, "device": device, "learning_rate": 1e-4, "schedule": "constant", "warmup_ratio": 0.0}
+            "optimizer": run.optimizer, "device": device, "learning_rate": 1e-4, "schedule": "constant",
+            "warmup_ratio": 0.0}
 
 
 def child(options: dict[str, Any]) -> None:
@@ -211,7 +212,8 @@ def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
         quantize="nf4" if quantize == "none" else quantize,
         max_new_tokens=options["max_new_tokens"], virtual_tokens=baseline.prefix_tokens,
         bottleneck=baseline.bottleneck,
-        batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"], device=options["device"],
+        batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"],
+        device=options["device"],
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
         optimizer=options["optimizer"]), search=False, calibrates=calibrates).methods[0]
 
@@ -290,7 +292,8 @@ def main() -> int:
         chosen = chosen[:12:2] if args.quick else chosen
         rows, calibrates = [], (args.calibrate or args.times) and not args.replan
         for run in chosen:
-            digest = hashlib.sha256((repr(replace(run, seen=False)) + ("cuda" if args.device == "cuda" else "")).encode()).hexdigest()[:12]
+            where = "" if args.device == "cpu" else args.device
+            digest = hashlib.sha256((repr(replace(run, seen=False)) + where).encode()).hexdigest()[:12]
             kept = root / f"{'time' if args.times else 'result'}-{digest}.json"
             if args.replan and not kept.is_file():
                 continue

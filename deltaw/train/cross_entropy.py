@@ -26,7 +26,7 @@ from deltaw.core.layers import CHILD, AdaptedLinear
 STRETCH_VALUES = 1 << 24
 """Logits that exist at once: 64 MB of float32."""
 _BLOCK = 32
-"""Rows of a stretch whose logarithms are taken at once."""
+"""Rows of a stretch whose logarithms are taken at once by a processor, in its cache; a GPU takes them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,8 @@ class _Sums:
             z_target_N1 = z_NV.gather(1, column_N1).to(self.wide)
             # Where dtypes allow, log p takes the place of the logits: block by block, since nothing may be both.
             log_p_NV = z_NV if z_NV.dtype == self.wide else self.buffer("log p", len(h_NI), len(W_VI), self.wide)
-            for z, log_p in zip(torch.split(z_NV, _BLOCK), torch.split(log_p_NV, _BLOCK), strict=True):
+            block = _BLOCK if z_NV.is_cpu else max(1, len(z_NV))
+            for z, log_p in zip(torch.split(z_NV, block), torch.split(log_p_NV, block), strict=True):
                 log_p.copy_(z.log_softmax(1, dtype=self.wide))
             log_p_target_N1 = log_p_NV.gather(1, column_N1)
             lse_N1 = z_target_N1 - log_p_target_N1
