@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 DEVICE = torch.device(os.environ.get("DELTAW_TEST_DEVICE", "cpu"))
-if DEVICE.type != "cpu" and DEVICE.index is None:
+if DEVICE.type == "cuda" and DEVICE.index is None:
     DEVICE = torch.device(DEVICE.type, 0)  # as a tensor's own device says it: "cuda" is not equal to "cuda:0"
 
 ON_CPU = DEVICE.type == "cpu"
