@@ -193,7 +193,7 @@ def tiny_bert_classifier() -> Callable[..., Any]:
 
 
 def _seeded(kind: type, config: Any, seed: int) -> Any:
-    """A model in eval mode on DEVICE; its weights follow from the seed alone, and the global generator is left alone."""
+    """A model in eval mode on DEVICE whose weights follow from the seed alone; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config).eval().to(DEVICE)

@@ -28,7 +28,8 @@ def attention(*, batch_first: bool) -> tuple[nn.MultiheadAttention, Switchboard]
 
 MASKS: dict[str, dict[str, Tensor]] = {
     "none": {},
-    "padding": {"key_padding_mask": torch.arange(LENGTH, device=DEVICE) >= torch.tensor([[4], [2], [3]], device=DEVICE)},
+    "padding": {"key_padding_mask":
+                torch.arange(LENGTH, device=DEVICE) >= torch.tensor([[4], [2], [3]], device=DEVICE)},
     "causal": {"attn_mask": torch.ones(LENGTH, LENGTH, device=DEVICE).triu(1).bool()},
     "own": {"attn_mask": randn(ROWS * HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))},
 }

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Ma
 
 KINDS = ("nf4", "fp4", "int8")
 UNPACKED = KINDS if ON_CPU else ("nf4", "fp4")
-"""What training unpacks. int8 is left to bitsandbytes on a GPU, where it rounds x and the gradients to 8 and 16 bits."""
+"""What training unpacks. On a GPU int8 is left to bitsandbytes, which rounds x to 8 bits and gradients to 16."""
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 

@@ -56,7 +56,8 @@ CASES: list[tuple[str, dict[str, float]]] = [
         {"wide": 0.5, "head": 1.5, "scaled": 1.0})]
 
 
-@pytest.mark.parametrize(("kernel", "runner"), [(True, "NativeRunner" if ON_CPU else "RowRunner"), (False, "RowRunner")])
+@pytest.mark.parametrize(("kernel", "runner"), [
+    (True, "NativeRunner" if ON_CPU else "RowRunner"), (False, "RowRunner")])
 def test_every_row_of_a_mixed_batch_is_pefts_answer(kernel: bool, runner: str, base_folder: Path,
                                                     adapter_folders: dict[str, Path],
                                                     reference: Callable[..., list[int]]) -> None:

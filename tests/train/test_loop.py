@@ -19,7 +19,6 @@ from deltaw.train.state import Batch, Pace, State
 from deltaw.train.tuning import LoraTuning
 from tests.device import DEVICE, ON_CPU, randn
 
-
 LOSS = 1e-6 if ON_CPU else 1e-5
 """On a GPU products of other shapes are summed in another order."""
 

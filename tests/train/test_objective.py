@@ -140,7 +140,8 @@ def test_the_loss_is_computed_in_float32(tiny_llama: Any, text_batches: Callable
 def test_class_loss_is_the_sum_over_rows(tiny_bert_classifier: Any) -> None:
     model = tiny_bert_classifier()
     ids = randint(3, 64, (5, 6))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 1, 0], device=DEVICE)}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+             "labels": torch.tensor([0, 1, 2, 1, 0], device=DEVICE)}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     expected = sum(-torch.log_softmax(logits[i], -1)[label] for i, label in enumerate(batch["labels"]))
     assert ClassLoss().units(batch) == 5
