@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 DEVICE = torch.device(os.environ.get("DELTAW_TEST_DEVICE", "cpu"))
 if DEVICE.type == "cuda" and DEVICE.index is None:
@@ -32,8 +32,3 @@ def randn(*shape: Any, requires_grad: bool = False, **options: Any) -> Tensor:
 def randint(*arguments: Any, **options: Any) -> Tensor:
     """`torch.randint` on the CPU, moved to the device."""
     return torch.randint(*arguments, **options).to(DEVICE)
-
-
-def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
-    """`nn.Linear` with weights drawn on the CPU, moved to the device."""
-    return nn.Linear(inputs, outputs, bias=bias).to(DEVICE)
