@@ -30,6 +30,8 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from tests.device import DEVICE
+
 REPO = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("127.", "localhost", "::1")
 
@@ -67,6 +69,7 @@ def known_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 with all of its bits
     yield
     torch.set_default_dtype(torch.float32)
     if torch.get_default_device().type != "cpu":
@@ -190,7 +193,7 @@ def tiny_bert_classifier() -> Callable[..., Any]:
 
 
 def _seeded(kind: type, config: Any, seed: int) -> Any:
-    """A model in eval mode whose weights follow from the seed alone; the global generator is left as it was."""
+    """A model in eval mode on DEVICE whose weights follow from the seed alone; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(config).eval()
+        return kind(config).eval().to(DEVICE)

@@ -75,7 +75,7 @@ class Route:
         """Indices into a first dimension of this size, by adapter (and `None` for the base)."""
         repeats = self.repeats(size, site)
         find = _rows.__wrapped__ if torch.compiler.is_compiling() else _rows  # the compiler warns of caches
-        return {name: index.to(device) for name, index in find(self.names, repeats)}
+        return dict(find(self.names, repeats, device))
 
 
 @lru_cache(maxsize=64)
@@ -92,11 +92,12 @@ def _segments(names: tuple[str | None, ...], lengths: tuple[int, ...]) -> tuple[
 
 
 @lru_cache(maxsize=64)
-def _rows(names: tuple[str | None, ...], repeats: int) -> tuple[tuple[str | None, torch.Tensor], ...]:
+def _rows(names: tuple[str | None, ...], repeats: int,
+          device: torch.device) -> tuple[tuple[str | None, torch.Tensor], ...]:
     groups: dict[str | None, list[int]] = {}
     for row, name in enumerate(names):
         groups.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
-    return tuple((name, torch.tensor(index)) for name, index in groups.items())
+    return tuple((name, torch.tensor(index, device=device)) for name, index in groups.items())
 
 
 @dataclass(slots=True)

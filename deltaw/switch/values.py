@@ -122,7 +122,8 @@ def _placed(adapter: Adapter, site: Site, delta: SiteDelta, hosts: Hosts, dtype:
             trainable: bool) -> Placed:
     if site.kind == "saved":
         copied = hosts.pristine_copy(site.host)
-        copied.load_state_dict({k: t.clone() for k, t in delta.tensors.items()}, assign=True)
+        homes = {k: t.device for k, t in copied.state_dict().items()}  # a file's tensors are on the CPU
+        copied.load_state_dict({k: t.to(homes[k], copy=True) for k, t in delta.tensors.items()}, assign=True)
         return Placed(site, None, _train(copied, dtype, trainable))
     base = hosts.model.get_submodule(site.host).get_parameter(site.parameter)
     device = base.device if base.device.type != "meta" else torch.device("cpu")

@@ -148,14 +148,16 @@ def _optimizer_state(tuning: Tuning, optimizer: torch.optim.Optimizer) -> tuple[
 def _restore_optimizer(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], tuning: Tuning,
                        optimizer: torch.optim.Optimizer) -> None:
     parameters = tuning.parameters()
+    # AdamW counts its steps in a tensor on the CPU whatever the parameter's device, unless its update is one kernel.
+    fused = {parameter for group in optimizer.param_groups for parameter in group["params"] if group.get("fused")}
     optimizer.state.clear()
     for name, values in numbers.items():
         optimizer.state[parameters[name]].update(values)
     for full, tensor in _under(tensors, "optimizer").items():
         key, _, name = full.partition("/")
-        # AdamW counts its steps in a tensor on the CPU whatever the parameter's device.
-        home = parameters[name].device if tensor.dim() else torch.device("cpu")
-        optimizer.state[parameters[name]][key] = tensor.to(home)
+        parameter = parameters[name]
+        home = parameter.device if tensor.dim() or parameter in fused else torch.device("cpu")
+        optimizer.state[parameter][key] = tensor.to(home)
 
 
 def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -31,8 +31,8 @@ def checksum(tensor: Tensor) -> int:
     words, rest = stored[:whole].view(torch.int64), stored[whole:].to(torch.int64)
     weights = _weights(tensor.device)
     total = int((rest * weights[:rest.numel()]).sum())
-    for number, chunk in enumerate(torch.split(words, _CHUNK)):
-        part = int((chunk * weights[:chunk.numel()]).sum())
+    parts = [(chunk * weights[:chunk.numel()]).sum() for chunk in torch.split(words, _CHUNK)]
+    for number, part in enumerate(torch.stack(parts).tolist() if whole else ()):  # a GPU is waited for once
         # Chunks differ by an odd factor, so that two of them cannot be exchanged unseen.
         total = (total + part * (2 * number * number + 2 * number + 3)) % _MODULUS
     return total % _MODULUS

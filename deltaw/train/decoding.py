@@ -101,6 +101,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, so that a clock tells how long that took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, room: int,
               ends: Sequence[int], beams: Beams, *, temperature: float = 0.0) -> list[list[int]]:
     from transformers import GenerationConfig

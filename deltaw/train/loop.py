@@ -71,12 +71,12 @@ class Run:
         """Take the step whose gradients are there: check, clip, update, count, watch, evaluate."""
         parameters, pace, state = self.parameters, self.pace, self.state
         self.doctor.check_loss(state.step + 1, losses, [batch.where for batch in drawn.batches])
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        rate = pace.rate(state.step)
-        self.doctor.check_gradients(state.step + 1, rate, float(norm))
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm, rate = float(total_norm), pace.rate(state.step)
+        self.doctor.check_gradients(state.step + 1, rate, norm)
 
-        if 0.0 < pace.max_grad_norm < float(norm) + 1e-6:  # torch's own term: a shorter gradient is multiplied by 1
-            torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm, norm)
+        if 0.0 < pace.max_grad_norm < norm + 1e-6:  # torch's own term: a shorter gradient is multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm, total_norm)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -87,7 +87,7 @@ class Run:
         state.seconds += seconds()
         self.doctor.check_movement(state.step, rate)
         if self.watch is not None:
-            self.watch.step(state, loss=sum(losses), rate=rate, norm=float(norm))
+            self.watch.step(state, loss=sum(losses), rate=rate, norm=norm)
         if self.evaluate is not None and due(pace.eval_every, state.step):
             judge(state, self.tuning, self.evaluate, pace, self.watch)
 

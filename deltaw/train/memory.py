@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.errors import BaseModelError, Fault
 
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
+_CPU = torch.device("cpu")
 
 
 def recompute_activations(model: Any) -> None:
@@ -112,10 +113,10 @@ def _glibc() -> Any:
     return libc
 
 
-def memory_in_use() -> int:
-    """Bytes that the process holds now: of the GPU where one is used, else resident; 0 where that is not known."""
-    if _on_gpu():
-        return int(torch.cuda.memory_allocated())
+def memory_in_use(device: torch.device = _CPU) -> int:
+    """Bytes that the process holds now: of tensors on a GPU, else resident; 0 where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -123,17 +124,19 @@ def memory_in_use() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_memory() -> int:
-    """The most bytes that the process has held: of the GPU where one is used, else resident; 0 where not known."""
-    if _on_gpu():
-        return int(torch.cuda.max_memory_allocated())
+def count_peak_anew(device: torch.device) -> None:
+    """Let `peak_memory` of a GPU count from here; that of the process cannot be set back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device = _CPU) -> int:
+    """The most bytes that the process has held: of tensors on a GPU, else resident; 0 where not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _on_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0

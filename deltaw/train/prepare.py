@@ -26,6 +26,7 @@ from deltaw.core.layers import plain_layers
 from deltaw.inject.blocks import repeated_layers
 from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
+from deltaw.train.decoding import device_of, finish
 from deltaw.train.evaluation import evaluating
 from deltaw.train.examples import Examples, Layout
 from deltaw.train.memory import recompute_activations, recomputed, release_at_once
@@ -100,7 +101,7 @@ class Preparation:
     def recompute(self, choices: Choices, stack: ExitStack) -> str:
         """Gradient checkpointing as it was asked for, or of whole layers where attention cannot be told apart."""
         wanted, model = self.config.gradient_checkpointing, self.base.model
-        if wanted != "off":
+        if wanted != "off" and device_of(model).type == "cpu":
             release_at_once()
         if wanted == "attention" and takes_packed(model):
             with packed_attention(model), attention_modules() as found:
@@ -149,7 +150,7 @@ class Preparation:
         if not repeated_layers(model):
             choices.lines.append("compile: off, this network repeats no layer")
             return False
-        if reason := why_not(next(model.parameters()).device):
+        if reason := why_not(device_of(model)):
             choices.lines.append(f"compile: off, {reason}")
             return False
         plain = self.timed(choices)
@@ -176,8 +177,10 @@ class Preparation:
 
     def timed(self, choices: Choices) -> float:
         """Seconds that a forward and backward pass takes."""
+        finish(device_of(self.base.model))
         began = time.perf_counter()
         self.step(choices)
+        finish(device_of(self.base.model))
         return time.perf_counter() - began
 
     def step(self, choices: Choices) -> None:

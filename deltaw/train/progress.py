@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from deltaw.store.atomic import replace_text
 from deltaw.train.memory import memory_in_use
 from deltaw.train.state import State, Watch
@@ -54,11 +56,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class ProgressBar:
     """A bar on stderr with loss, tokens per second, time to go and memory; plain lines where stderr is no terminal."""
 
-    def __init__(self, total: int, *, begun: int = 0) -> None:
+    def __init__(self, total: int, *, begun: int = 0, device: torch.device | None = None) -> None:
+        """`begun` steps are done already; memory is shown of `device`, the process's own for None."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.total = total
+        self.total, self.device = total, device or torch.device("cpu")
         self._first: tuple[int, float] | None = None
         console = Console(stderr=True)
         self._bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(),
@@ -81,7 +84,7 @@ class ProgressBar:
             self._first = (state.tokens, state.seconds)
         tokens, seconds = state.tokens - self._first[0], state.seconds - self._first[1]
         speed = f"{tokens / seconds:,.0f} tokens/s  " if seconds > 0 else ""
-        note = f"loss {loss:.4f}  {self._held_out}{speed}{memory_in_use() / 2**30:.1f} GiB"
+        note = f"loss {loss:.4f}  {self._held_out}{speed}{memory_in_use(self.device) / 2**30:.1f} GiB"
         self._bar.update(self._task, completed=state.step, note=note)
         if self._lines and (state.step % max(1, self.total // _LINES) == 0 or state.step == self.total):
             print(f"step {state.step}/{self.total}  {note}", file=sys.stderr, flush=True)

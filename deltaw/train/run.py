@@ -32,12 +32,13 @@ from deltaw.train.announce import announce, say
 from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
 from deltaw.train.config import TrainConfig
 from deltaw.train.cross_entropy import Terms
+from deltaw.train.decoding import device_of
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
 from deltaw.train.foresight import check_weights, look_ahead
 from deltaw.train.loop import Run
-from deltaw.train.memory import peak_memory
+from deltaw.train.memory import count_peak_anew, peak_memory
 from deltaw.train.objective import objective_for
 from deltaw.train.optimizer import adamw, schedule, warmup_of
 from deltaw.train.prepare import Choices, Preparation
@@ -113,12 +114,14 @@ class Session:
 
     def train(self) -> State:
         """Run the loop, from the start or from the last checkpoint."""
+        count_peak_anew(device_of(self.base.model))
         with ExitStack() as stack:
             batches = stack.enter_context(self.examples.batches(self.base, packed=self.choices.packed))
             run = self.begin(self.checkpoints.latest() if self.config.resume else None, batches)
             self.tuning.forget_base()
             if not self.quiet:
-                bar = stack.enter_context(ProgressBar(self.pace.steps, begun=run.state.step))
+                bar = stack.enter_context(ProgressBar(self.pace.steps, begun=run.state.step,
+                                                      device=device_of(self.base.model)))
                 run.watch = Together([self.log, bar])
             return run.go()
 
@@ -181,7 +184,7 @@ class Session:
             base_parameters=self.base_parameters,
             adapter_bytes=sum((self.out / name).stat().st_size for name in self.tuning.file_names),
             tokens=state.tokens, train_seconds=state.seconds, total_seconds=time.perf_counter() - began,
-            peak_memory=peak_memory(), precision=self.base.precision, versions=versions())
+            peak_memory=peak_memory(device_of(self.base.model)), precision=self.base.precision, versions=versions())
         replace_folder(self.out, {RESULT_FILE: json.dumps(result.to_dict(), indent=1).encode()})
         return result
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import deltaw
 from deltaw import LoraConfig, Switchboard
 from deltaw.errors import RoutingError
+from tests.device import DEVICE, randn
 from tests.laws.dense import error, fill
 
 ROWS, LENGTH, WIDTH, HEADS = 3, 4, 8, 2
@@ -17,7 +18,7 @@ NAMES = ["b", None, "a"]
 
 def attention(*, batch_first: bool) -> tuple[nn.MultiheadAttention, Switchboard]:
     torch.manual_seed(0)
-    model = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first).eval()
+    model = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first).to(DEVICE).eval()
     board = deltaw.attach(model, LoraConfig(r=2, target_modules=["in_proj", "out_proj"]), "a")
     board.add("b", LoraConfig(r=1, target_modules=["in_proj"]))
     fill(board, "a", seed=3)
@@ -27,9 +28,10 @@ def attention(*, batch_first: bool) -> tuple[nn.MultiheadAttention, Switchboard]
 
 MASKS: dict[str, dict[str, Tensor]] = {
     "none": {},
-    "padding": {"key_padding_mask": torch.arange(LENGTH) >= torch.tensor([[4], [2], [3]])},
-    "causal": {"attn_mask": torch.ones(LENGTH, LENGTH).triu(1).bool()},
-    "own": {"attn_mask": torch.randn(ROWS * HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))},
+    "padding": {"key_padding_mask":
+                torch.arange(LENGTH, device=DEVICE) >= torch.tensor([[4], [2], [3]], device=DEVICE)},
+    "causal": {"attn_mask": torch.ones(LENGTH, LENGTH, device=DEVICE).triu(1).bool()},
+    "own": {"attn_mask": randn(ROWS * HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))},
 }
 
 
@@ -48,7 +50,7 @@ def of_row(mask: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def test_rows_with_masks_and_weights(mask: str, averaged: bool | None, batch_first: bool) -> None:
     model, board = attention(batch_first=batch_first)
     dim = 0 if batch_first else 1
-    x = torch.randn(ROWS, LENGTH, WIDTH).movedim(0, dim)
+    x = randn(ROWS, LENGTH, WIDTH).movedim(0, dim)
     options = {"need_weights": averaged is not None, "average_attn_weights": bool(averaged)}
     with board.route(NAMES):
         output, weights = model(x, x, value=x, **MASKS[mask], **options)
@@ -64,7 +66,7 @@ def test_rows_with_masks_and_weights(mask: str, averaged: bool | None, batch_fir
 
 def test_a_query_without_rows_is_refused() -> None:
     model, board = attention(batch_first=True)
-    x = torch.randn(LENGTH, WIDTH)
+    x = randn(LENGTH, WIDTH)
     assert model(x, x, x)[0].shape == (LENGTH, WIDTH)
     with board.route(NAMES), pytest.raises(RoutingError, match="three dimensions"):
         model(x, x, x)

@@ -12,12 +12,13 @@ import deltaw
 from deltaw.core import batched
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear, reference
 from deltaw.errors import RoutingError, StateError
+from tests.device import DEVICE, randn
 
 RANKS = (1, 3, 8, 2)
 
 
 def layers(inputs: int, outputs: Sequence[int], dtype: torch.dtype = torch.float64) -> list[Frozen]:
-    return [Frozen(torch.randn(o, inputs, dtype=dtype), torch.randn(o, dtype=dtype) if i % 2 else None, o)
+    return [Frozen(randn(o, inputs, dtype=dtype), randn(o, dtype=dtype) if i % 2 else None, o)
             for i, o in enumerate(outputs)]
 
 
@@ -28,8 +29,8 @@ def groups_of(lengths: Sequence[int], inputs: int, outputs: Sequence[int], *, ga
     for n, length in enumerate(lengths):
         rank = RANKS[n % len(RANKS)]
         factors = [None if len(outputs) > 1 and i == n % (len(outputs) + 1) else Factors(
-            torch.randn(rank, inputs, dtype=dtype, requires_grad=True),
-            torch.randn(o, rank, dtype=dtype, requires_grad=True), 0.5 + n) for i, o in enumerate(outputs)]
+            randn(rank, inputs, dtype=dtype, requires_grad=True),
+            randn(o, rank, dtype=dtype, requires_grad=True), 0.5 + n) for i, o in enumerate(outputs)]
         found.append(Group(start, start + length, factors))
         start += length + gap
     return found
@@ -47,9 +48,9 @@ def test_outputs_and_gradients_are_dense_algebra(lengths: tuple[int, ...], gap: 
     monkeypatch.setattr(batched, "STACKED_FROM", 2 if stacked else 99)
     monkeypatch.setattr(batched, "_MOST_PADDING", 99.0)
     total = sum(lengths) + gap * len(lengths)
-    x = torch.randn(1, total, 6, dtype=torch.float64, requires_grad=True)
+    x = randn(1, total, 6, dtype=torch.float64, requires_grad=True)
     frozen, groups = layers(6, outputs), groups_of(lengths, 6, outputs, gap=gap)
-    weights = [torch.randn(1, total, o, dtype=torch.float64) for o in outputs]
+    weights = [randn(1, total, o, dtype=torch.float64) for o in outputs]
     wanted = [x, *tensors(groups)]
     results = []
     for compute in (grouped_linear, reference):
@@ -68,7 +69,7 @@ def test_outputs_and_gradients_are_dense_algebra(lengths: tuple[int, ...], gap: 
 
 
 def test_the_change_alone_for_a_host_that_is_no_plain_product() -> None:
-    x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    x = randn(9, 6, dtype=torch.float64, requires_grad=True)
     groups = groups_of((4, 5), 6, (5,))
     y = grouped_linear(x, [Frozen(None, None, 5)], groups)[0]
     expected = reference(x, [Frozen(None, None, 5)], groups)[0]
@@ -82,7 +83,7 @@ def test_the_change_alone_for_a_host_that_is_no_plain_product() -> None:
 def test_nan_in_one_segment_stays_there(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "STACKED_FROM", 2 if stacked else 99)
     monkeypatch.setattr(batched, "_MOST_PADDING", 99.0)
-    x = torch.randn(12, 6, dtype=torch.float64)
+    x = randn(12, 6, dtype=torch.float64)
     x[4:8] = float("nan")
     x.requires_grad_()
     groups = groups_of((4, 4, 4), 6, (5,))
@@ -100,7 +101,7 @@ def test_neighbours_of_like_rank_and_length_are_stacked_and_padding_ends_a_run()
     def runs(ranks: Sequence[int], lengths: Sequence[int], **more: float) -> list[tuple[int, int]]:
         groups, start = [], 0
         for rank, length in zip(ranks, lengths, strict=True):
-            factors = Factors(torch.ones(rank, 6), torch.ones(5, rank), 1.0)
+            factors = Factors(torch.ones(rank, 6, device=DEVICE), torch.ones(5, rank, device=DEVICE), 1.0)
             groups.append(Group(start, start + length, [factors], **more))
             start += length
         return batched._Plan(groups, layers(6, (5,))).runs
@@ -113,7 +114,7 @@ def test_neighbours_of_like_rank_and_length_are_stacked_and_padding_ends_a_run()
 
 
 def test_a_second_backward_pass_gives_the_same() -> None:
-    x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    x = randn(12, 6, dtype=torch.float64, requires_grad=True)
     groups = groups_of((4, 4, 4), 6, (5, 3))
     y = sum(t.square().sum() for t in grouped_linear(x, layers(6, (5, 3)), groups))
     first = torch.autograd.grad(y, [x, *tensors(groups)], retain_graph=True)
@@ -124,12 +125,12 @@ def test_a_second_backward_pass_gives_the_same() -> None:
 def test_dropout_is_each_segments_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn as a run alone draws it: the neighbours' lengths and draws do not matter."""
     def output(before: int) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
-        other = torch.Generator().manual_seed(9)
+        generator = torch.Generator(DEVICE).manual_seed(3)
+        other = torch.Generator(DEVICE).manual_seed(9)
         torch.manual_seed(1)
         own, beside = groups_of((5, 4), 6, (5,), dtype=torch.float32)
-        x = torch.randn(5, 6)
-        rows = torch.cat([torch.ones(before, 6), x])
+        x = randn(5, 6)
+        rows = torch.cat([torch.ones(before, 6, device=DEVICE), x])
         groups = [Group(0, before, beside.factors, 0.5, other),
                   Group(before, before + 5, own.factors, 0.5, generator)]
         return grouped_linear(rows, [Frozen(None, None, 5)], groups)[0][before:]
@@ -137,20 +138,21 @@ def test_dropout_is_each_segments_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(output(4), output(11))
     torch.manual_seed(1)
     own, _ = groups_of((5, 4), 6, (5,), dtype=torch.float32)
-    x = torch.randn(5, 6)
-    keep = torch.empty(5, 6, dtype=torch.bool).bernoulli_(0.5, generator=torch.Generator().manual_seed(3))
+    x = randn(5, 6)
+    keep = torch.empty(5, 6, dtype=torch.bool, device=DEVICE)
+    keep.bernoulli_(0.5, generator=torch.Generator(DEVICE).manual_seed(3))
     factors = own.factors[0]
     assert factors is not None
     torch.testing.assert_close(output(4), factors.scale * (x * keep / 0.5) @ factors.A.t() @ factors.B.t())
 
 
 def test_dropout_gradients_by_differences() -> None:
-    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    x = randn(6, 4, dtype=torch.float64, requires_grad=True)
     groups = groups_of((4, 2), 4, (3,))
 
     def compute(x: Tensor, *factors: Tensor) -> Tensor:
         made = [Group(g.start, g.stop, [Factors(factors[2 * n], factors[2 * n + 1], 0.5)], 0.4,
-                      torch.Generator().manual_seed(n)) for n, g in enumerate(groups)]
+                      torch.Generator(DEVICE).manual_seed(n)) for n, g in enumerate(groups)]
         return grouped_linear(x, [Frozen(None, None, 3)], made)[0]
 
     assert torch.autograd.gradcheck(compute, (x, *tensors(groups)))
@@ -162,7 +164,7 @@ def test_adapters_without_tokens_get_no_gradient(tiny_llama: object) -> None:
     board.add("b", deltaw.LoraConfig(r=3), seed=1)
     board.add("c", deltaw.LoraConfig(r=4), seed=2)
     with board.route(["a", "b", "a"], lengths=[3, 4, 2]):
-        model(input_ids=torch.arange(3, 12)[None]).logits.square().sum().backward()
+        model(input_ids=torch.arange(3, 12, device=DEVICE)[None]).logits.square().sum().backward()
     assert all(p.grad is None for p in board.parameters("c").values())
     assert all(p.grad is not None for name in "ab" for p in board.parameters(name).values())
 
@@ -172,7 +174,7 @@ def test_lengths_that_do_not_fit_are_refused(tiny_llama: object) -> None:
     board = deltaw.attach(model, deltaw.LoraConfig(r=2), "a", seed=0)
     board.add("b", deltaw.LoraConfig(r=3))
     with board.route(["a", "b"], lengths=[3, 4]), pytest.raises(RoutingError, match="8 tokens; expected 7"):
-        model(input_ids=torch.arange(3, 11)[None])
+        model(input_ids=torch.arange(3, 11, device=DEVICE)[None])
     with pytest.raises(StateError, match="expected 2, tokens for each name"), \
             board.route(["a", "b"], lengths=[3]):
         pass
@@ -183,7 +185,7 @@ def test_an_embedding_changes_its_own_tokens(tiny_llama: object) -> None:
     config = deltaw.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
     board = deltaw.attach(model, config, "a", seed=0)
     board.add("b", config, seed=1)
-    ids = torch.arange(3, 11)[None]
+    ids = torch.arange(3, 11, device=DEVICE)[None]
     embed = model.model.embed_tokens
     with torch.no_grad():
         expected = []

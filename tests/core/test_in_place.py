@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import LoraConfig
+from tests.device import DEVICE, randn
 
 WAYS = ("one layer", "shared input", "dropout", "two adapters", "rows", "tokens")
 """How the change is computed: a node for each layer, for all layers of an input, for segments of a batch, plainly."""
@@ -48,14 +49,14 @@ def test_an_output_is_changed_in_place_and_gradients_are_those_of_dense_float64(
     kind: Any = nn.Linear
     if packed:
         kind = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn.LinearNF4
-    model = Queries(kind).to("cpu").train()
+    model = Queries(kind).to(DEVICE).train()
     weights = {site: unpacked(model.get_submodule(site)) for site in "qkv"}
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False,
                         lora_dropout=1e-9 if way == "dropout" else 0.0)
     board = deltaw.attach(model, config, "a", seed=0)
     board.add("b", config, seed=1)
     board.use({"a": 1.0, "b": 1.0} if way == "two adapters" else "a")
-    x, owners = torch.randn(BATCH, TOKENS, INPUTS), {"a": torch.ones(BATCH, TOKENS, 1)}
+    x, owners = randn(BATCH, TOKENS, INPUTS), {"a": torch.ones(BATCH, TOKENS, 1, device=DEVICE)}
     route: Any = nullcontext()
     if way == "shared input":
         assert board.share_inputs(lambda: model(x)) == [("q", "k", "v")]
@@ -63,10 +64,10 @@ def test_an_output_is_changed_in_place_and_gradients_are_those_of_dense_float64(
         owners["b"] = owners["a"]
     elif way == "rows":
         route = board.route(["a", "b"])
-        owners["a"] = torch.tensor([1.0, 0.0]).view(2, 1, 1).expand(BATCH, TOKENS, 1)
+        owners["a"] = torch.tensor([1.0, 0.0], device=DEVICE).view(2, 1, 1).expand(BATCH, TOKENS, 1)
     elif way == "tokens":
         x, route = x[:1], board.route(["a", "b"], lengths=[2, 3])
-        owners["a"] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]).view(1, TOKENS, 1)
+        owners["a"] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], device=DEVICE).view(1, TOKENS, 1)
     if way in ("rows", "tokens"):
         owners["b"] = 1.0 - owners["a"]
     exact = {name: {key: p.detach().double().requires_grad_() for key, p in board.parameters(name).items()}
@@ -80,7 +81,7 @@ def test_an_output_is_changed_in_place_and_gradients_are_those_of_dense_float64(
         y.sin().sum().backward()
     wide = x.double()
     change = {site: sum((2.0 * owner * (wide @ of(site, name, "A").t() @ of(site, name, "B").t())
-                         for name, owner in owners.items()), torch.zeros(())) for site in "qkv"}
+                         for name, owner in owners.items()), torch.zeros((), device=DEVICE)) for site in "qkv"}
     expected = plain(wide, weights, change, model)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     expected.sin().sum().backward()

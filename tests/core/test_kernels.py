@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.kernels import Projection, gradient_of_weight_is_shorter, low_rank_linear, reference
+from tests.device import randn
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest difference, as a share of the largest value."""
@@ -19,7 +20,7 @@ def projections(outputs: Sequence[int], inputs: int = 12, rank: int = 3, dtype: 
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return randn(shape, generator=generator, dtype=torch.float64)
 
     made = []
     for i, width in enumerate(outputs):
@@ -51,7 +52,7 @@ def far(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_the_dense_product_and_its_gradients(dtype: torch.dtype, outputs: list[int], bias: bool) -> None:
     parts = projections(outputs, dtype=dtype, bias=bias)
-    x = torch.randn(2, 6, 12, dtype=dtype, requires_grad=True)
+    x = randn(2, 6, 12, dtype=dtype, requires_grad=True)
     fused, exact = low_rank_linear(x, parts), dense(x, parts)
     for got, expected in zip(fused, exact, strict=True):
         assert got.dtype == dtype
@@ -68,7 +69,7 @@ def test_it_is_the_dense_product_and_its_gradients(dtype: torch.dtype, outputs: 
 @pytest.mark.parametrize("rank", [1, 3, 40], ids=["rank1", "low", "through the weight"])
 def test_it_agrees_with_the_plain_operations(dtype: torch.dtype, factors: torch.dtype | None, rank: int) -> None:
     parts = projections([9, 30], inputs=24, rank=rank, dtype=dtype, factors=factors)
-    x = torch.randn(70, 24, dtype=dtype, requires_grad=True)
+    x = randn(70, 24, dtype=dtype, requires_grad=True)
     for got, expected in zip(gradients(low_rank_linear(x, parts), x, parts),
                              gradients(reference(x, parts), x, parts), strict=True):
         assert got.dtype == expected.dtype
@@ -83,7 +84,7 @@ def test_the_shorter_way_is_taken_where_the_rank_is_high() -> None:
 
 def test_first_and_second_derivatives_by_differences() -> None:
     parts = projections([3, 4], inputs=5, rank=2, dtype=torch.float64, bias=True)
-    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    x = randn(4, 5, dtype=torch.float64, requires_grad=True)
 
     def outputs(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
         return low_rank_linear(x, [p._replace(A=A, B=B) for p, A, B in zip(parts, flat[::2], flat[1::2], strict=True)])
@@ -96,7 +97,7 @@ def test_first_and_second_derivatives_by_differences() -> None:
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "A of one", "B and x"])
 def test_what_needs_no_gradient_gets_none_and_the_rest_is_right(frozen: str) -> None:
     parts = projections([5, 7])
-    x = torch.randn(6, 12, requires_grad="x" not in frozen)
+    x = randn(6, 12, requires_grad="x" not in frozen)
     for i, p in enumerate(parts):
         if "A" in frozen and not ("one" in frozen and i):
             p.A.requires_grad_(False)
@@ -111,7 +112,7 @@ def test_what_needs_no_gradient_gets_none_and_the_rest_is_right(frozen: str) -> 
 
 def test_an_output_that_nobody_uses() -> None:
     parts = projections([5, 7, 6])
-    x = torch.randn(6, 12, requires_grad=True)
+    x = randn(6, 12, requires_grad=True)
     wanted = [x, parts[0].A, parts[0].B, parts[2].B]
     both = [torch.autograd.grad(y[0].sin().sum() + y[2].sin().sum(), wanted)
             for y in (low_rank_linear(x, parts), reference(x, parts))]
@@ -123,7 +124,7 @@ def test_an_output_that_nobody_uses() -> None:
 
 def test_dropout_drops_the_input_of_the_change_alone() -> None:
     part, = projections([5], inputs=400, rank=6)
-    x = torch.randn(3, 400, requires_grad=True)
+    x = randn(3, 400, requires_grad=True)
     torch.manual_seed(1)
     y, = low_rank_linear(x, [part], dropout=0.25)
     torch.manual_seed(1)
@@ -145,7 +146,7 @@ def test_it_keeps_the_input_and_nothing_else_of_its_size() -> None:
         return tensor
 
     parts = projections([64, 64, 96], inputs=64, rank=2)
-    x = torch.randn(500, 64, requires_grad=True)
+    x = randn(500, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         low_rank_linear(x, parts)
     large = [t for t in kept if t.numel() >= 500 * 64]

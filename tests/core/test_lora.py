@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deltaw.core import Adapter, Geometry, LoraConfig, SiteDelta
 from deltaw.core.methods import lora
+from tests.device import DEVICE, randn
 
 GEOMETRIES = [
     Geometry(kind="linear", shape=(7, 5)), Geometry(kind="linear", shape=(5, 7), transposed=True),
@@ -23,7 +24,7 @@ each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"
 
 def factors(geometry: Geometry, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     shape_A, shape_B = geometry.factor_shapes(rank)
-    return torch.randn(shape_A).to(dtype), torch.randn(shape_B).to(dtype)
+    return randn(shape_A).to(dtype), randn(shape_B).to(dtype)
 
 
 @each_geometry
@@ -48,7 +49,7 @@ def test_shapes_rank_and_count_agree(geometry: Geometry, rank: int) -> None:
 def test_the_start_changes_nothing(geometry: Geometry) -> None:
     for how in (True, "gaussian", False):
         A, B = factors(geometry, 3)
-        lora.initialise(A, B, how, geometry, 3, torch.Generator().manual_seed(1))
+        lora.initialise(A, B, how, geometry, 3, torch.Generator(DEVICE).manual_seed(1))
         delta = lora.delta_weight(A, B, 2.0, geometry)
         assert bool(delta.count_nonzero()) is (how is False)
         drawn = [t for t in (A, B) if t.count_nonzero()]
@@ -69,7 +70,7 @@ def test_the_start_has_the_paper_s_spread() -> None:
 def test_delta_is_at_least_float32(geometry: Geometry) -> None:
     A, B = factors(geometry, 2, torch.bfloat16)
     expected = lora.delta_weight(A.float(), B.float(), 0.5, geometry)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         got = lora.delta_weight(A, B, 0.5, geometry)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
@@ -78,10 +79,10 @@ def test_delta_is_at_least_float32(geometry: Geometry) -> None:
 
 def test_a_grouped_convolution_with_an_ungrouped_A_has_no_delta() -> None:
     geometry = Geometry(kind="conv", shape=(6, 2, 3), groups=2)
-    A, B = torch.randn(4, 4, 3), torch.randn(6, 2, 1)
+    A, B = randn(4, 4, 3), randn(6, 2, 1)
     assert geometry.is_dense_grouped(A)
     assert geometry.fits(A, B)
-    assert not geometry.fits(A, torch.randn(6, 4, 1))
+    assert not geometry.fits(A, randn(6, 4, 1))
     with pytest.raises(ValueError, match="no ΔW"):
         lora.delta_weight(A, B, 1.0, geometry)
 
@@ -108,7 +109,7 @@ def test_sliced_B_is_spread_and_gathered(sizes: list[int], gap: int, rank: int) 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5), (2, 0, 5)])
 def test_products_of_any_leading_shape(shape: tuple[int, ...], grad: bool) -> None:
     A, B = factors(Geometry(kind="linear", shape=(7, 5)), 2)
-    x, y = torch.randn(shape), torch.randn(*shape[:-1], 7)
+    x, y = randn(shape), randn(*shape[:-1], 7)
     expected = y + 0.5 * (x @ A.t() @ B.t())
     with torch.set_grad_enabled(grad):
         assert torch.allclose(lora.add_low_rank(y.clone(), x, A, B, 0.5), expected, atol=1e-5)

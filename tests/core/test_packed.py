@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltaw.core import packed as packing
 from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear, reference
 from deltaw.core.packed import Packed, Workspace, numbers_in, packed_tensor, packed_weight
+from tests.device import DEVICE, cpu_only, randn
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -22,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def packed(kind: str, rows: int = 24, columns: int = 64, *, nested: bool = True,
            dtype: torch.dtype = torch.float32) -> Packed:
-    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns)).to(dtype)
+    W = randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns)).to(dtype)
     if kind == "int8":
         codes, absmax, _ = bnb.functional.int8_vectorwise_quant(W.half())
         return Packed("int8", codes, (rows, columns), absmax)
@@ -65,6 +66,7 @@ def test_strips_have_the_bits_of_bitsandbytes(kind: str, dtype: torch.dtype, sha
         assert torch.allclose(torch.stack([W.element(i) for i in at]), wide[at], rtol=1e-6, atol=0)
 
 
+@cpu_only("elsewhere a layer is one strip")
 def test_one_memory_serves_all_strips_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "STRIP", 512)
     workspace, W = Workspace(), packed("nf4")
@@ -80,7 +82,7 @@ def test_one_memory_serves_all_strips_of_a_thread(monkeypatch: pytest.MonkeyPatc
 def test_without_the_native_kernel_bitsandbytes_unpacks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_native", lambda *_: None)
     W = packed(kind)
-    x = torch.randn(5, 64)
+    x = randn(5, 64)
     y = x.new_empty(5, W.shape[0])
     Stripped(W, Workspace()).write_product(x, None, y)
     assert torch.allclose(y, x @ theirs(W, x.dtype).t(), atol=1e-5)
@@ -93,10 +95,10 @@ def test_products_and_gradients_are_those_of_dense_float64(kind: str, bias: bool
     monkeypatch.setattr(packing, "STRIP", 512)
     workspace = Workspace()
     weights = [packed(kind, 24), packed(kind, 40)]
-    parts = [Projection(Stripped(W, workspace), torch.randn(W.shape[0]) if bias else None,
-                        torch.randn(3, 64).requires_grad_(), torch.randn(W.shape[0], 3).requires_grad_(), 0.5)
+    parts = [Projection(Stripped(W, workspace), randn(W.shape[0]) if bias else None,
+                        randn(3, 64, requires_grad=True), randn(W.shape[0], 3, requires_grad=True), 0.5)
              for W in weights]
-    x = torch.randn(2, 5, 64, requires_grad=True)
+    x = randn(2, 5, 64, requires_grad=True)
     leaves = [x, *(t for p in parts for t in (p.A, p.B))]
     wide = {id(t): t.detach().double().requires_grad_() for t in leaves}
     exact = [wide[id(x)] @ (theirs(W, torch.float32).double() + p.scale * wide[id(p.B)] @ wide[id(p.A)]).t()
@@ -116,9 +118,9 @@ def test_products_and_gradients_are_those_of_dense_float64(kind: str, bias: bool
 
 
 def test_a_second_derivative_does_not_read_memory_that_was_used_again() -> None:
-    parts = [Projection(Stripped(packed("nf4"), Workspace()), None, torch.randn(3, 64).requires_grad_(),
-                        torch.randn(24, 3).requires_grad_(), 0.5)]
-    x = torch.randn(5, 64, requires_grad=True)
+    parts = [Projection(Stripped(packed("nf4"), Workspace()), None, randn(3, 64, requires_grad=True),
+                        randn(24, 3, requires_grad=True), 0.5)]
+    x = randn(5, 64, requires_grad=True)
 
     def second(outputs: tuple[Tensor, ...]) -> Tensor:
         first, = torch.autograd.grad(outputs[0].sin().sum(), x, create_graph=True)
@@ -132,7 +134,7 @@ def test_other_layers_are_not_packed() -> None:
     assert packed_weight(nn.Linear(4, 4)) is None
     assert packed_tensor(torch.zeros(3, dtype=torch.int8)) is None
     assert numbers_in(torch.zeros(3, 4)) == 12
-    layer: Any = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    layer: Any = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to(DEVICE)
     assert numbers_in(layer.weight) == 64 * 32
     found = packed_weight(layer)
     assert found is not None
@@ -142,4 +144,4 @@ def test_other_layers_are_not_packed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    assert packed_weight(Scaled(64, 32, quant_type="nf4").to("cpu")) is None
+    assert packed_weight(Scaled(64, 32, quant_type="nf4").to(DEVICE)) is None

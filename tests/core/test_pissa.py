@@ -9,6 +9,7 @@ from torch import Tensor
 from deltaw.core import Geometry
 from deltaw.core.methods import pissa
 from deltaw.core.methods.lora import delta_weight
+from tests.device import DEVICE, randn
 
 GEOMETRIES = {
     "linear": Geometry(kind="linear", shape=(9, 7)), "conv1d": Geometry(kind="linear", shape=(7, 9), transposed=True),
@@ -43,7 +44,7 @@ def expected(W: Tensor, geometry: Geometry, rank: int) -> Tensor:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_principal_part_is_the_best_approximation(name: str) -> None:
     geometry = GEOMETRIES[name]
-    W = torch.randn(geometry.shape)
+    W = randn(geometry.shape)
     for rank, scale in ((1, 1.0), (3, 0.5), (3, 4.0)):
         A, B = pissa.principal(W, geometry, rank, scale)
         assert geometry.fits(A, B)
@@ -57,7 +58,7 @@ def test_the_principal_part_is_the_best_approximation(name: str) -> None:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_joined_factors_give_the_sum(name: str) -> None:
     geometry = GEOMETRIES[name]
-    pairs = [tuple(torch.randn(shape) for shape in geometry.factor_shapes(rank)) for rank in (2, 3)]
+    pairs = [tuple(randn(shape) for shape in geometry.factor_shapes(rank)) for rank in (2, 3)]
     A, B = pissa.joined(pairs[0], pairs[1], geometry)  # type: ignore[arg-type]
     assert geometry.fits(A, B)
     assert geometry.rank_of(A, B) == 5
@@ -67,7 +68,7 @@ def test_joined_factors_give_the_sum(name: str) -> None:
 
 def test_the_randomized_svd_comes_close_and_follows_its_generator() -> None:
     geometry = Geometry(kind="linear", shape=(60, 40))
-    W = torch.randn(60, 40) @ torch.diag(torch.linspace(3, 0.01, 40))
+    W = randn(60, 40) @ torch.diag(torch.linspace(3, 0.01, 40, device=DEVICE))
     exact = delta_weight(*pissa.principal(W, geometry, 4, 1.0), 1.0, geometry)
 
     def fast(iterations: int, seed: int) -> Tensor:
@@ -82,7 +83,7 @@ def test_the_randomized_svd_comes_close_and_follows_its_generator() -> None:
 
 def test_a_rank_above_the_weights_is_filled_with_zeros() -> None:
     geometry = Geometry(kind="linear", shape=(5, 3))
-    W = torch.randn(5, 3)
+    W = randn(5, 3)
     A, B = pissa.principal(W, geometry, 4, 1.0)
     assert (tuple(A.shape), tuple(B.shape)) == ((4, 3), (5, 4))
     assert float((B @ A - W).abs().max()) < 1e-5
@@ -100,10 +101,10 @@ class Steps:
 
 def test_loftq_is_the_alternation_of_the_paper() -> None:
     geometry, rank, scale = Geometry(kind="linear", shape=(20, 16)), 3, 2.0
-    W = torch.randn(20, 16)
-    change = torch.zeros(20, 16, dtype=torch.float64)
+    W = randn(20, 16)
+    change = torch.zeros(20, 16, dtype=torch.float64, device=DEVICE)
     for iterations in (1, 2, 5):
-        change = torch.zeros(20, 16, dtype=torch.float64)
+        change = torch.zeros(20, 16, dtype=torch.float64, device=DEVICE)
         for _ in range(iterations):
             Q = ((W.double() - change) * 4).round() / 4
             change = best(W.double() - Q, rank)

@@ -13,6 +13,7 @@ import deltaw
 from deltaw import LoraConfig, Switchboard
 from deltaw.core.layers import plain_layers
 from deltaw.core.layers.shared_input import calls
+from tests.device import DEVICE, randn
 from tests.laws.cases import BY_NAME
 from tests.laws.dense import fill
 
@@ -54,7 +55,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def block() -> Block:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return Block()
+        return Block().to(DEVICE)
 
 
 def test_groups_of_a_llama_are_q_k_v_and_gate_up() -> None:
@@ -68,7 +69,7 @@ def test_groups_of_a_llama_are_q_k_v_and_gate_up() -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 def test_results_are_those_of_layers_alone(block: Block, again: bool) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     alone = gradients(board, x)
     assert board.share_inputs(lambda: block(x)) == [("first", "second")]
     assert close(gradients(board, x, again=again), alone)
@@ -78,7 +79,7 @@ def test_results_are_those_of_layers_alone(block: Block, again: bool) -> None:
 
 
 def test_it_is_one_node_for_the_group(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
 
     def nodes() -> int:
         seen, todo = set(), [block(x).grad_fn]
@@ -95,7 +96,7 @@ def test_it_is_one_node_for_the_group(block: Block) -> None:
 
 
 def test_a_layer_that_is_not_called_this_time_harms_nothing(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     board.share_inputs(lambda: block(x))
     block.skip = True
     skipped = gradients(board, x)
@@ -110,7 +111,7 @@ def test_a_layer_that_is_not_called_this_time_harms_nothing(block: Block) -> Non
 
 
 def test_a_hook_that_changes_one_layers_input_is_honoured(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     board.share_inputs(lambda: block(x))
     hook = block.second.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
     shared = gradients(board, x)
@@ -130,14 +131,14 @@ def test_an_input_changed_in_place_between_the_layers_is_seen() -> None:
             return y * self.second(x)
 
     model = Changing()
-    board, x = attached(model), torch.randn(5, 6)
+    board, x = attached(model), randn(5, 6)
     board.share_inputs(lambda: Block.forward(model, x))
     expected = model.first(x) * model.second(x + 1)
     assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 def test_switching_adapters_and_mixing_them(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     board.add("b", LoraConfig(r=3, target_modules=["second"]), seed=1)
     fill(board, "b", seed=4)
     board.share_inputs(lambda: block(x))
@@ -154,7 +155,7 @@ def test_switching_adapters_and_mixing_them(block: Block) -> None:
 
 
 def test_dropout_is_drawn_for_each_layer(block: Block) -> None:
-    board, x = attached(block, lora_dropout=0.5), torch.randn(5, 6)
+    board, x = attached(block, lora_dropout=0.5), randn(5, 6)
     board.share_inputs(lambda: block.eval()(x))
     block.train()
     torch.manual_seed(0)
@@ -169,7 +170,7 @@ def test_dropout_is_drawn_for_each_layer(block: Block) -> None:
 
 
 def test_a_detached_model_has_nothing_left_of_it(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     before = nn.Module.state_dict(block)
     board.share_inputs(lambda: block(x))
     deltaw.detach(block)
@@ -196,7 +197,7 @@ def traced(block: Block, board: Switchboard, x: Tensor) -> tuple[int, dict[str, 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiler_sees_one_narrow_product_for_the_group(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     alone = gradients(board, x)
     count, found = traced(block, board, x)
     assert count == 10  # five calls of a layer, each with its narrow product
@@ -216,7 +217,7 @@ def test_a_compiler_sees_one_narrow_product_for_the_group(block: Block) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiler_sees_plain_operations_where_the_group_is_not_alike(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     board.share_inputs(lambda: block(x))
     board.add("b", LoraConfig(r=3, target_modules=["second"], init_lora_weights=False), seed=1)
     for on in ("b", {"a": 1.0, "b": 0.5}):
@@ -231,11 +232,11 @@ def reasons(model: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 def test_layers_that_are_not_fused_are_counted_by_reason(block: Block) -> None:
-    board, x = attached(block), torch.randn(5, 6)
+    board, x = attached(block), randn(5, 6)
     assert reasons(block, x) == {}
     block.first.weight.requires_grad_(True)
     assert reasons(block, x) == {"the base's weight or bias is trained too": 1}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert reasons(block, x)["autocast"] == 4
     board.add("b", LoraConfig(r=3, target_modules=["other"]), seed=1)
     board.use({"a": 1.0, "b": 1.0})
@@ -247,8 +248,8 @@ def test_layers_that_are_not_fused_are_counted_by_reason(block: Block) -> None:
 @pytest.mark.parametrize("change", ["nothing", "trained weight", "autocast", "mixture"])
 def test_what_is_counted_is_what_the_graph_shows(block: Block, change: str) -> None:
     """Each layer is one fused node or is counted."""
-    board, x = attached(block), torch.randn(5, 6, requires_grad=True)
-    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=change == "autocast")
+    board, x = attached(block), randn(5, 6, requires_grad=True)
+    context = torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=change == "autocast")
     if change == "trained weight":
         block.other.weight.requires_grad_(True)
     if change == "mixture":
@@ -258,7 +259,7 @@ def test_what_is_counted_is_what_the_graph_shows(block: Block, change: str) -> N
     with context:
         counted = {site for sites in plain_layers(lambda: block(x)).values() for site in sites}
         for name, layer in block.named_children():
-            node = layer(torch.randn(2, 6, requires_grad=True)).grad_fn
+            node = layer(randn(2, 6, requires_grad=True)).grad_fn
             fused += "LowRankLinear" in node.name()
             assert ("LowRankLinear" in node.name()) == (name not in counted), name
     assert fused == {"nothing": 4, "trained weight": 3, "autocast": 0, "mixture": 2}[change]

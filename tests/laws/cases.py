@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import LoraConfig
+from tests.device import DEVICE
 from tests.laws import networks as net
 
 ROWS = 4
@@ -40,19 +41,19 @@ class Case:
         """The network in eval mode, always with the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            return self.build().to(dtype).eval()
+            return self.build().to(DEVICE, dtype).eval()
 
     def batch(self, dtype: torch.dtype = torch.float32, *, rows: int = ROWS, seed: int = 1) -> tuple[Tensor, ...]:
         """Inputs for this many rows, always the same for a seed."""
         generator = torch.Generator().manual_seed(seed)
         if self.ids:
-            return tuple(torch.randint(1, IDS, (rows, *shape), generator=generator) for shape in self.inputs)
-        drawn = [torch.randn(rows, *shape, generator=generator).to(dtype) for shape in self.inputs]
+            return tuple(torch.randint(1, IDS, (rows, *shape), generator=generator).to(DEVICE) for shape in self.inputs)
+        drawn = [torch.randn(rows, *shape, generator=generator).to(DEVICE, dtype) for shape in self.inputs]
         return tuple(x.movedim(0, self.row_dim) for x in drawn)
 
     def rows_of(self, tensors: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
         """These rows of a batch."""
-        return tuple(t.index_select(self.row_dim, torch.tensor(rows)) for t in tensors)
+        return tuple(t.index_select(self.row_dim, torch.tensor(rows, device=t.device)) for t in tensors)
 
 
 def _chain(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

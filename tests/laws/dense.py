@@ -16,7 +16,7 @@ def fill(board: Switchboard, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in board.parameters(name).items():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if key.endswith(("lora_A", "lora_B")):
                 parameter.copy_(noise * 0.4)
             else:
@@ -27,7 +27,7 @@ def change(adapter: Adapter, site: str, shape: tuple[int, ...]) -> Tensor:
     """ΔW of one site in the shape of its weight: loops and outer products of the equation, one rank at a time."""
     delta = adapter.sites[site]
     geometry = delta.geometry
-    A, B = delta.A.double(), delta.B.double()
+    A, B = delta.A.double().cpu(), delta.B.double().cpu()
     alpha = next((v for k, v in adapter.config.alpha_pattern.items() if site.endswith(k)), adapter.config.lora_alpha)
     W = torch.zeros(shape, dtype=torch.float64)
     match geometry.kind:
@@ -88,10 +88,10 @@ def dense(model: nn.Module, adapters: Iterable[tuple[Adapter, float]]) -> nn.Mod
         for site, delta in adapter.sites.items():
             if delta.geometry.kind == "saved":
                 for name, tensor in delta.tensors.items():
-                    difference = tensor.double() - base.get_submodule(site).get_parameter(name)
+                    difference = tensor.double().cpu() - base.get_submodule(site).get_parameter(name).cpu()
                     _add(changed, f"{site}.{name}", difference * weight)
             elif delta.geometry.kind == "bias":
-                _add(changed, site, (delta.tensors["bias"].double() - base.get_parameter(site)) * weight)
+                _add(changed, site, (delta.tensors["bias"].double().cpu() - base.get_parameter(site).cpu()) * weight)
             else:
                 path = path_of(adapter, site, model)
                 shape = tuple(base.get_parameter(path).shape)
@@ -103,7 +103,8 @@ def _add(model: nn.Module, path: str, difference: Tensor) -> None:
     """Add to one module's weight, untying it from others."""
     owner, _, leaf = path.rpartition(".")
     module = model.get_submodule(owner)
-    module._parameters[leaf] = nn.Parameter(module._parameters[leaf].detach() + difference)
+    before = module._parameters[leaf].detach()
+    module._parameters[leaf] = nn.Parameter(before + difference.to(before.device))
 
 
 def wide(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ import deltaw
 from deltaw import LoraConfig
 from deltaw.bases.packed import Packed, pack, read_packed
 from deltaw.errors import ConfigError, StateError
+from tests.device import DEVICE, randn
 from tests.laws.cases import CASES, NORMAL, Case
 from tests.laws.dense import dense, error, wide
 from tests.laws.test_undo import snapshot
@@ -32,7 +33,7 @@ def move(board: Any, name: str, seed: int = 3, size: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in board.parameters(name).values():
-            parameter.add_((torch.randn(parameter.shape, generator=generator) * size).to(parameter.dtype))
+            parameter.add_((torch.randn(parameter.shape, generator=generator) * size).to(parameter))
 
 
 @each
@@ -134,7 +135,7 @@ def test_packed_starts_closer_to_the_original_and_undoes_itself(kind: str, init:
     model = quantized(kind, torch.float32)
     torch.manual_seed(0)
     original = {"0.weight": nn.Linear(64, 32).weight.detach()}
-    W, x = original["0.weight"].double(), torch.randn(4, 64)
+    W, x = original["0.weight"].to(DEVICE).double(), randn(4, 64)
     model(x)
     before, plain, hidden = snapshot(model), model(x), model[0](x)
     far = float((W - values(model[0])).norm())
@@ -194,8 +195,8 @@ def test_a_weight_with_structure_loses_less_at_every_site(kind: str, init: str, 
     packing = read(quantized(kind, torch.float32)[0]).packing
     for seed in range(4):
         torch.manual_seed(seed)
-        U, V = torch.linalg.qr(torch.randn(32, 32)).Q, torch.linalg.qr(torch.randn(64, 32)).Q
-        W = U @ torch.diag(2.0 ** -torch.arange(32.0)) @ V.t()
+        U, V = torch.linalg.qr(randn(32, 32)).Q, torch.linalg.qr(randn(64, 32)).Q
+        W = U @ torch.diag(2.0 ** -torch.arange(32.0, device=DEVICE)) @ V.t()
         geometry = Geometry(kind="linear", shape=(32, 64))
         if init == "loftq":
             packed, A, B = pissa.loftq(W, geometry, 4, 2.0, lambda w: pack(w, packing), iterations=iterations)
@@ -213,7 +214,7 @@ def test_training_over_own_weights_leaves_both_bases_alone() -> None:
     model = quantized("nf4", torch.float32)
     torch.manual_seed(0)
     original = {"0.weight": nn.Linear(64, 32).weight.detach()}
-    frozen, x = values(model[0]), torch.randn(8, 64)
+    frozen, x = values(model[0]), randn(8, 64)
     board = deltaw.attach(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights="loftq",
                                             loftq_config={"loftq_iter": 3}), "a", original=original)
     own = values(model[0])

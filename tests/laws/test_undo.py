@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import deltaw
 from deltaw.core.layers import Adapted
 from deltaw.errors import StateError
+from tests.device import DEVICE
 from tests.laws.cases import BY_NAME, NORMAL, Case, each_case, each_dtype
 from tests.laws.dense import dense, error, fill, wide
 
@@ -157,7 +158,7 @@ def test_a_merge_under_inference_mode_or_autocast_is_the_same() -> None:
     board.merge("a")
     expected = {name: bits(p) for name, p in model.named_parameters()}
     board.unmerge()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):
         board.merge("a")
     assert all(torch.equal(bits(p), expected[name]) for name, p in model.named_parameters())
     x, = batch

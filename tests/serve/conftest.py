@@ -17,6 +17,7 @@ from deltaw import bases
 from deltaw.serve.config import ServeConfig
 from deltaw.serve.service import Service, open_service
 from tests.cli.conftest import WORDS, write_base
+from tests.device import DEVICE
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"r": 2, "lora_alpha": 40, "target_modules": ["q_proj", "v_proj"]},
@@ -94,7 +95,7 @@ def _logits(model: Any, ids: torch.Tensor, mix: Mapping[str, float]) -> torch.Te
 
 
 def config(base_folder: Path, **fields: Any) -> ServeConfig:
-    return ServeConfig(**{"model": str(base_folder), "served_name": "tiny", "dtype": "fp32", "device": "cpu",
+    return ServeConfig(**{"model": str(base_folder), "served_name": "tiny", "dtype": "fp32", "device": str(DEVICE),
                           "context": 64, "places": 6, "max_tokens": 48} | fields)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import deltaw
 from deltaw import LoraConfig
 from deltaw.errors import DeltawError, StateError, TargetError
+from tests.device import DEVICE, randn
 from tests.laws.dense import fill
 from tests.laws.test_undo import snapshot
 
@@ -28,9 +29,13 @@ class Explorer(nn.Module):
         return self.lora_A(self.explora_head(x))
 
 
+def explorer() -> Explorer:
+    return Explorer().to(DEVICE)
+
+
 def test_a_base_with_lora_in_its_own_names() -> None:
-    model = Explorer()
-    before, x = snapshot(model), torch.randn(2, 4)
+    model = explorer()
+    before, x = snapshot(model), randn(2, 4)
     output = model(x)
     board = deltaw.attach(model, LoraConfig(r=1, target_modules=["explora_head"]), "lora")
     fill(board, "lora", seed=1)
@@ -46,7 +51,7 @@ def test_a_base_with_lora_in_its_own_names() -> None:
     {"modules_to_save": ["explora_haed"]}, {"target_parameters": ["explora_head.weights"]},
     {"target_modules": ["explora_head"], "layers_to_transform": [0]}])
 def test_a_failed_attach_leaves_the_model_untouched(config: dict[str, Any]) -> None:
-    model = Explorer()
+    model = explorer()
     before = snapshot(model)
     with pytest.raises(TargetError):
         deltaw.attach(model, LoraConfig(**config))
@@ -60,7 +65,7 @@ def test_a_failed_attach_leaves_the_model_untouched(config: dict[str, Any]) -> N
 
 
 def test_attaching_twice_is_refused() -> None:
-    model = Explorer()
+    model = explorer()
     board = deltaw.attach(model, LoraConfig(r=1))
     with pytest.raises(StateError, match=r"deltaw.board\(model\).add"):
         deltaw.attach(model, LoraConfig(r=1))
@@ -86,11 +91,11 @@ def test_the_base_keeps_its_names(tiny_llama: Callable[..., Any]) -> None:
 
 
 def test_rank_above_the_weight_warns_and_works() -> None:
-    model = Explorer()
+    model = explorer()
     with pytest.warns(UserWarning, match=r"'explora_head' \(and 1 more sites\): rank 5 exceeds min\(in, out\) = 4"):
         board = deltaw.attach(model, LoraConfig(r=5, target_modules=["explora_head", "lora_A"]), "a")
     fill(board, "a", seed=1)
-    x = torch.randn(2, 4)
+    x = randn(2, 4)
     output = model(x)
     board.merge()
     assert torch.allclose(model(x), output, atol=1e-5)
@@ -104,14 +109,14 @@ def test_meta_base_is_adapted_and_then_loaded() -> None:
     assert model(torch.empty(2, 4, device="meta")).shape == (2, 3)
     with pytest.raises(StateError, match="meta"):
         board.merge("a")
-    real = deltaw.attach(Explorer(), LoraConfig(r=2, target_modules=["explora_head"]), "a")
+    real = deltaw.attach(explorer(), LoraConfig(r=2, target_modules=["explora_head"]), "a")
     fill(real, "a", seed=1)
     board.add("b", real.adapter("a"), any_base=True)
     assert not any(p.is_meta for p in board.parameters("b").values())
     model.load_state_dict({k.replace(":a.", ":b."): t for k, t in real.model.state_dict().items()}, strict=False,
                           assign=True)
     board.use("b")
-    x = torch.randn(2, 4)
+    x = randn(2, 4)
     assert torch.equal(model(x), real.model(x))
 
 
@@ -120,11 +125,11 @@ def test_low_memory_loading(tiny_llama: Callable[..., Any], tmp_path: Path) -> N
 
     source = tiny_llama()
     source.save_pretrained(tmp_path)
-    ids = torch.arange(1, 9).reshape(2, 4)
+    ids = torch.arange(1, 9, device=DEVICE).reshape(2, 4)
     board = deltaw.attach(source, LoraConfig(r=2), "a")
     fill(board, "a", seed=1)
     for options in ({"low_cpu_mem_usage": True}, {"device_map": "cpu"}):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options).to(DEVICE)
         plain = model(ids).logits
         other = deltaw.attach(model, board.adapter("a"), "a")
         assert torch.allclose(model(ids).logits, source(ids).logits, atol=1e-6)
@@ -135,8 +140,8 @@ def test_low_memory_loading(tiny_llama: Callable[..., Any], tmp_path: Path) -> N
 
 
 def test_dtypes_are_explicit() -> None:
-    model = Explorer().to(torch.bfloat16)
-    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    model = explorer().to(torch.bfloat16)
+    x = randn(2, 4, dtype=torch.bfloat16)
     board = deltaw.attach(model, LoraConfig(r=2, init_lora_weights=False, modules_to_save=["lora_A"],
                                             target_modules=["explora_head"]), "a")
     assert {p.dtype for k, p in board.parameters("a").items() if "explora" in k} == {torch.float32}
@@ -155,13 +160,13 @@ def test_dtypes_are_explicit() -> None:
 
 @pytest.mark.parametrize("routed", [False, True])
 def test_autocast(routed: bool) -> None:
-    model = Explorer()
+    model = explorer()
     board = deltaw.attach(model, LoraConfig(r=2), "a")
     fill(board, "a", seed=1)
-    x = torch.randn(2, 4)
+    x = randn(2, 4)
     with board.route(["a", None] if routed else ["a", "a"]):
         expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             got = model(x)
             got.float().sum().backward()
     assert got.dtype == torch.bfloat16

@@ -9,17 +9,18 @@ from torch import nn
 import deltaw
 from deltaw import LoraConfig, Switchboard
 from deltaw.errors import StateError
+from tests.device import DEVICE
 from tests.laws.dense import dense, error, fill
 
-X = torch.arange(24.0).reshape(4, 6) / 10
+X = torch.arange(24.0, device=DEVICE).reshape(4, 6) / 10
 
 
 def three() -> tuple[nn.Module, Switchboard]:
     """The plain model, and a board on its twin: `low` adapts the head, `full` trains it in full, `bias` its bias."""
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).to(DEVICE)
     torch.manual_seed(0)
-    twin = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    twin = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).to(DEVICE)
     board = deltaw.attach(twin, LoraConfig(r=2, target_modules=["1"]), "low")
     board.add("full", LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
     board.add("bias", LoraConfig(r=1, target_modules=["1"], bias="lora_only"))

@@ -12,16 +12,17 @@ from torch import nn
 import deltaw
 from deltaw import LoraConfig, Switchboard
 from deltaw.errors import ConfigError, RoutingError, StateError
+from tests.device import DEVICE, randn
 from tests.laws.dense import fill
 
-X = torch.arange(24.0).reshape(4, 6) / 10
+X = torch.arange(24.0, device=DEVICE).reshape(4, 6) / 10
 CONFIG = LoraConfig(r=2, target_modules=["0", "2"], bias="lora_only")
 
 
 def two() -> Switchboard:
     """A board with adapters a (on) and b."""
     torch.manual_seed(0)
-    board = deltaw.attach(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), CONFIG, "a")
+    board = deltaw.attach(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE), CONFIG, "a")
     board.add("b", CONFIG)
     fill(board, "a", seed=3)
     fill(board, "b", seed=4)
@@ -101,7 +102,7 @@ def test_use_off_and_route_put_back_what_was() -> None:
 
 def test_mixes_are_linear_in_one_layer() -> None:
     torch.manual_seed(0)
-    board = deltaw.attach(nn.Linear(6, 3), LoraConfig(r=2, target_modules=".*"), "a")
+    board = deltaw.attach(nn.Linear(6, 3).to(DEVICE), LoraConfig(r=2, target_modules=".*"), "a")
     board.add("b", LoraConfig(r=3, target_modules=".*"))
     fill(board, "a", seed=3)
     fill(board, "b", seed=4)
@@ -130,7 +131,7 @@ def test_a_route_is_a_list_of_names(names: object) -> None:
 def test_rows_may_be_repeated_or_flattened_with_tokens() -> None:
     board = two()
     model = board.model
-    batch = torch.randn(2, 3, 6)
+    batch = randn(2, 3, 6)
     with board.route(["a", "b"]):
         expected = model(batch)
         assert torch.allclose(model(batch.flatten(0, 1)), expected.flatten(0, 1), atol=1e-6)
@@ -195,12 +196,12 @@ def test_merging_another_than_what_is_on_switches_and_unmerging_switches_back() 
 
 def test_stacked_factors_never_outlive_their_adapter() -> None:
     """A removed adapter's tensors may give their addresses to the next one of its name."""
-    board = deltaw.attach(nn.Linear(64, 64), LoraConfig(r=4, target_modules=".*"), "a")
+    board = deltaw.attach(nn.Linear(64, 64).to(DEVICE), LoraConfig(r=4, target_modules=".*"), "a")
     board.add("b", LoraConfig(r=4, target_modules=".*"))
     fill(board, "a", seed=3)
     fill(board, "b", seed=4)
     values = [board.adapter("a"), board.adapter("b")]
-    x = torch.randn(2, 3, 64)
+    x = randn(2, 3, 64)
     with torch.no_grad():
         for i in range(40):
             board.remove("b")
@@ -212,9 +213,9 @@ def test_stacked_factors_never_outlive_their_adapter() -> None:
 
 
 def test_stacked_factors_follow_their_adapter() -> None:
-    board = deltaw.attach(nn.Linear(64, 64), LoraConfig(r=4, target_modules=".*"), "a")
+    board = deltaw.attach(nn.Linear(64, 64).to(DEVICE), LoraConfig(r=4, target_modules=".*"), "a")
     board.add("b", LoraConfig(r=4, target_modules=".*"))
-    x = torch.randn(2, 3, 64)
+    x = randn(2, 3, 64)
     board.use("b")
     with torch.no_grad():
         for seed in range(3):

@@ -13,13 +13,14 @@ import deltaw
 from deltaw import Adapter, LoraConfig
 from deltaw.core import Geometry, SiteDelta
 from deltaw.errors import BaseMismatchError
+from tests.device import DEVICE, randn
 from tests.laws.cases import Case, each_case
 from tests.laws.dense import fill
 
 
 def model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3), nn.Linear(3, 2))
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3), nn.Linear(3, 2)).to(DEVICE)
 
 
 def value(**options: Any) -> Adapter:
@@ -129,6 +130,20 @@ def test_facts_travel_with_an_adapter() -> None:
     board.add("b", board.adapter("a"))
     board.note("b", trained="no")
     assert board.adapter("a").facts["trained"] == "yes"
+
+
+def test_a_value_from_elsewhere_comes_to_the_bases_device() -> None:
+    here = value()
+    sites = {name: replace(site, tensors={k: t.cpu() for k, t in site.tensors.items()})
+             for name, site in here.sites.items()}
+    board = deltaw.attach(model(), replace(here, sites=sites), "a")  # as a file's tensors, with a module among them
+    board.add("b", here)
+    assert {p.device for p in board.model.parameters()} == {DEVICE}
+    x = randn(4, 6)
+    expected = board.model(x)
+    with board.route(["a", None, "a", "b"]):
+        routed = board.model(x)
+    assert torch.allclose(routed[::2], expected[::2], atol=1e-6)
 
 
 def test_a_snapshot_is_a_copy() -> None:

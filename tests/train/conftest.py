@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deltaw.train.state import Batch
+from tests.device import DEVICE
 
 
 class FixedBatches:
@@ -45,7 +46,8 @@ def text_batches() -> Callable[..., FixedBatches]:
                 ids[row, end:], mask[row, end:], labels[row, end:] = 0, 0, -100
                 labels[row, :end - answer] = -100
             where = tuple(f"rows.jsonl:{number * rows + row + 1}" for row in range(rows))
-            batches.append(Batch({"input_ids": ids, "attention_mask": mask, "labels": labels}, where))
+            inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            batches.append(Batch({name: tensor.to(DEVICE) for name, tensor in inputs.items()}, where))
         return FixedBatches(batches)
 
     return make

@@ -12,6 +12,7 @@ import deltaw
 from deltaw import LoraConfig
 from deltaw.train import cross_entropy
 from deltaw.train.cross_entropy import OutputLayer, Terms, token_loss
+from tests.device import DEVICE, randint, randn
 from tests.laws.dense import fill
 
 V, I, N = 50, 8, 23  # noqa: E741
@@ -25,7 +26,7 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dense(z_NV: Tensor, targets: Tensor, terms: Terms) -> Tensor:
     """The definition, token by token."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=z_NV.device)
     for z, t in zip(z_NV.double(), targets, strict=True):
         lse = torch.logsumexp(z, 0)
         total = total + (1 - terms.smoothing) * (lse - z[t]) + terms.smoothing * (lse - z.mean())
@@ -35,7 +36,7 @@ def dense(z_NV: Tensor, targets: Tensor, terms: Terms) -> Tensor:
 
 def layer(kind: str, dtype: torch.dtype) -> tuple[OutputLayer, list[Tensor]]:
     """An output layer and its trained tensors."""
-    head = nn.Linear(I, V, bias=kind != "plain").to(dtype)
+    head = nn.Linear(I, V, bias=kind != "plain").to(DEVICE, dtype)
     if kind == "trained":
         return OutputLayer(head), list(head.parameters())
     head.requires_grad_(False)
@@ -61,8 +62,8 @@ TERMS = [Terms(), Terms(smoothing=0.1), Terms(z_loss=0.01), Terms(smoothing=0.2,
 def test_it_is_the_loss_of_all_logits_with_its_gradient(kind: str, terms: Terms, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     output, trained = layer(kind, dtype)
-    h = (2 * torch.randn(N, I)).to(dtype).requires_grad_()
-    targets = torch.randint(0, V, (N,))
+    h = (2 * randn(N, I)).to(dtype).requires_grad_()
+    targets = randint(0, V, (N,))
     loss = token_loss(h, targets, output, terms)
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     got = torch.autograd.grad(loss * 0.5, [h, *trained])
@@ -93,15 +94,15 @@ def test_logits_never_exist_together() -> None:
             made.extend([out.numel()] if isinstance(out, Tensor) else [])
             return out
 
-    h = torch.randn(N, I, requires_grad=True)
+    h = randn(N, I, requires_grad=True)
     with Watch():
-        token_loss(h, torch.randint(0, V, (N,)), output).backward()
+        token_loss(h, randint(0, V, (N,)), output).backward()
     assert max(made) <= max(7 * V, V * I, N * I) < N * V / 2
 
 
 def test_an_unlikely_label_has_a_finite_loss() -> None:
-    head = nn.Linear(I, V, bias=False).requires_grad_(False)
-    h = torch.full((1, I), 1e4, requires_grad=True)
+    head = nn.Linear(I, V, bias=False).to(DEVICE).requires_grad_(False)
+    h = torch.full((1, I), 1e4, device=DEVICE, requires_grad=True)
     z = head(h)[0]
     loss = token_loss(h, z.argmin().unsqueeze(0), OutputLayer(head))
     assert loss.item() == pytest.approx((z.max() - z.min()).item(), rel=1e-5)
@@ -112,8 +113,8 @@ def test_an_unlikely_label_has_a_finite_loss() -> None:
 
 def test_no_tokens_give_no_loss() -> None:
     output, _ = layer("plain", torch.float32)
-    h = torch.randn(0, I, requires_grad=True)
-    loss = token_loss(h, torch.zeros(0, dtype=torch.long), output)
+    h = randn(0, I, requires_grad=True)
+    loss = token_loss(h, torch.zeros(0, dtype=torch.long, device=DEVICE), output)
     loss.backward()
     assert loss.item() == 0
     assert h.grad is not None

@@ -31,7 +31,8 @@ def plain_curve(config: deltaw.TrainConfig, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patched:
         patched.setattr(AdaptedLinear, "obstacle", lambda self, x: "plain operations are what this is about")
         for step in range(STEPS):
-            loss = model(**collate(next(stream), base.tokenizer.pad_token_id)).loss
+            batch = collate(next(stream), base.tokenizer.pad_token_id)
+            loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.param_groups[0]["lr"] = config.learning_rate * factor(step)

@@ -18,6 +18,7 @@ from deltaw.train.objective import CausalLoss
 from deltaw.train.optimizer import adamw
 from deltaw.train.state import Pace
 from deltaw.train.tuning import LoraTuning, PartTuning
+from tests.device import randint
 
 CONFIG = deltaw.LoraConfig(r=4)
 
@@ -157,7 +158,7 @@ def test_a_base_that_changes(what: str, tiny_llama: Any, text_batches: Callable[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool])
 def test_the_checksum_sees_any_single_bit_and_any_swap(dtype: torch.dtype) -> None:
-    tensor = torch.randint(0, 2, (300, 500)).to(dtype)
+    tensor = randint(0, 2, (300, 500)).to(dtype)
     before = checksum(tensor)
     assert checksum(tensor.clone()) == before
     for place in (0, 77_777, tensor.numel() - 1):

@@ -13,6 +13,7 @@ import deltaw
 from deltaw.bases import Base, load_base
 from deltaw.core.packed import Packed
 from deltaw.train import TrainMany
+from tests.device import DEVICE
 from tests.train.many_sets import config_maker, differences, together
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Ma
 def quantized(base_folder: Path) -> Callable[[], Base]:
     """A function that loads the tiny base with its layers' linear weights in NF4."""
     def make() -> Base:
-        base: Any = load_base(str(base_folder), dtype="fp32")
+        base: Any = load_base(str(base_folder), dtype="fp32", device=DEVICE)
         for layer in base.model.model.layers:
             for part in (layer.self_attn, layer.mlp):
                 for name, linear in list(part.named_children()):
@@ -32,9 +33,9 @@ def quantized(base_folder: Path) -> Callable[[], Base]:
                                                    compute_dtype=torch.float32, quant_type="nf4")
                         packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
                                                           module=packed)
-                        setattr(part, name, packed.to("cpu"))
+                        setattr(part, name, packed.to(DEVICE))
         try:
-            base.model(input_ids=torch.tensor([[5, 6, 7]]))
+            base.model(input_ids=torch.tensor([[5, 6, 7]], device=DEVICE))
         except (NotImplementedError, RuntimeError) as reason:
             pytest.skip(f"bitsandbytes cannot run NF4 here: {reason}")
         return base

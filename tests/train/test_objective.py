@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from deltaw.errors import BaseModelError
 from deltaw.train.objective import CausalLoss, ClassLoss
+from tests.device import DEVICE, randint
 
 
 def plain_loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
@@ -32,7 +33,7 @@ def gemma(**fields: Any) -> Any:
 
     return Gemma2ForCausalLM(Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, final_logit_softcapping=2.0, pad_token_id=0, **fields)).eval()
+        num_key_value_heads=2, final_logit_softcapping=2.0, pad_token_id=0, **fields)).to(DEVICE).eval()
 
 
 def of_transformers(kind: str, **fields: Any) -> Any:
@@ -42,7 +43,7 @@ def of_transformers(kind: str, **fields: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, **fields)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return getattr(transformers, f"{kind}ForCausalLM")(config).to(DEVICE).eval()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
@@ -80,7 +81,7 @@ def test_only_supervised_positions_reach_the_output_layer(tiny_llama: Any, text_
 
 
 def test_a_single_row_with_all_but_one_token_supervised(tiny_llama: Any) -> None:
-    ids = torch.randint(3, 64, (1, 7))
+    ids = randint(3, 64, (1, 7))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     model = tiny_llama()
     assert CausalLoss().loss(model, batch).item() == pytest.approx(plain_loss(model, batch)[0].item(), rel=1e-6)
@@ -118,7 +119,7 @@ def test_a_model_that_does_something_unknown_is_asked_for_its_own_logits(tiny_ll
             output.logits = torch.nn.functional.dropout(output.logits.sin() * 3, 0.3, self.training)
             return output
 
-    model, batch = Odd(tiny_llama().config).train(), next(text_batches()).inputs
+    model, batch = Odd(tiny_llama().config).to(DEVICE).train(), next(text_batches()).inputs
     objective = CausalLoss()
     torch.manual_seed(1)
     losses = [objective.loss(model, batch).item() for _ in range(2)]
@@ -138,8 +139,9 @@ def test_the_loss_is_computed_in_float32(tiny_llama: Any, text_batches: Callable
 
 def test_class_loss_is_the_sum_over_rows(tiny_bert_classifier: Any) -> None:
     model = tiny_bert_classifier()
-    ids = torch.randint(3, 64, (5, 6))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 1, 0])}
+    ids = randint(3, 64, (5, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+             "labels": torch.tensor([0, 1, 2, 1, 0], device=DEVICE)}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     expected = sum(-torch.log_softmax(logits[i], -1)[label] for i, label in enumerate(batch["labels"]))
     assert ClassLoss().units(batch) == 5

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deltaw.train.optimizer import adamw, schedule, set_rate, warmup_of
+from tests.device import DEVICE, randn
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -25,7 +26,7 @@ def test_schedules_are_those_of_transformers(kind: str, total: int, warmup: int)
 
 
 def test_adamw_is_the_formula_and_spares_vectors() -> None:
-    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    matrix, vector = (nn.Parameter(torch.ones(shape, device=DEVICE)) for shape in ((2, 2), (2,)))
     optimizer = adamw({"w": matrix, "b": vector}, learning_rate=0.1, weight_decay=0.5, betas=(0.8, 0.9), eps=1e-3)
     expected = {"w": (1.0, 0.0, 0.0), "b": (1.0, 0.0, 0.0)}
     for step, gradient in enumerate((1.0, -2.0, 0.5), start=1):
@@ -38,8 +39,8 @@ def test_adamw_is_the_formula_and_spares_vectors() -> None:
             expected[name] = (theta, m, v)
         matrix.grad, vector.grad = torch.full_like(matrix, gradient), torch.full_like(vector, gradient)
         optimizer.step()
-    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), expected["w"][0]))
-    torch.testing.assert_close(vector.detach(), torch.full((2,), expected["b"][0]))
+    torch.testing.assert_close(matrix.detach(), torch.full_like(matrix, expected["w"][0]))
+    torch.testing.assert_close(vector.detach(), torch.full_like(vector, expected["b"][0]))
 
 
 def test_warmup_is_counted_as_transformers_does() -> None:
@@ -50,21 +51,21 @@ def test_warmup_is_counted_as_transformers_does() -> None:
 
 
 def test_loraplus_gives_b_a_rate_of_its_own() -> None:
-    A, B, other = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    A, B, other = (torch.nn.Parameter(torch.ones(2, 2, device=DEVICE)) for _ in range(3))
     optimizer = adamw({"x.lora_A": A, "x.lora_B": B, "x": other}, learning_rate=0.1, ratio_of_B=4.0)
     set_rate(optimizer, 0.01)
     for parameter in (A, B, other):
-        parameter.grad = torch.ones(2, 2)
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert torch.allclose(1 - A, torch.full((2, 2), 0.01), atol=1e-5)
+    assert torch.allclose(1 - A, torch.full_like(A, 0.01), atol=1e-5)
     assert torch.equal(A, other)
-    assert torch.allclose(1 - B, torch.full((2, 2), 0.04), atol=1e-5)
+    assert torch.allclose(1 - B, torch.full_like(B, 0.04), atol=1e-5)
 
 
 def test_eight_bit_state_follows_full_state() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    start, target = torch.randn(64, 128), torch.randn(64, 128)
+    start, target = randn(64, 128), randn(64, 128)
     ends = []
     for bits in (32, 8):
         p = torch.nn.Parameter(start.clone())

@@ -120,4 +120,4 @@ def join_rows(parts: list[tuple[Tensor, Any]], dim: int) -> Any:
     if not isinstance(first, Tensor):
         return first
     order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-    return torch.cat([output for _, output in parts], dim).index_select(dim, order)
+    return torch.cat([output for _, output in parts], dim).index_select(dim, order.to(first.device))
