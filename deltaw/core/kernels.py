@@ -116,17 +116,17 @@ class _LowRankLinear(torch.autograd.Function):
                 *flat: Any) -> tuple[Tensor, ...]:
         W, b, A, B = _columns(flat)
         x_NI = x.reshape(-1, x.shape[-1])
-        A_RI = _stack(A, x.dtype)
+        A_RI, like_x = _stack(A, x.dtype), [B_OR.to(x.dtype) for B_OR in B]
         H = _dropped(x_NI, keep, kept) @ A_RI.t()
         outputs, start = [], 0
         for i, scale in enumerate(scales):
             y, y_NO = output_for(x, W[i].shape[0])
             write_product(x_NI, W[i], b[i], y_NO)
             h_NR = H[:, start:start + A[i].shape[0]]
-            y_NO.addmm_(h_NR, B[i].to(x.dtype).t(), alpha=scale)
+            y_NO.addmm_(h_NR, like_x[i].t(), alpha=scale)
             outputs.append(y)
             start += A[i].shape[0]
-        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, A_RI,
+        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, A_RI, *like_x,
                               *(None if isinstance(w, Stripped) else w for w in W), *A, *B)
         ctx.kept, ctx.scales, ctx.stripped = kept, scales, [w if isinstance(w, Stripped) else None for w in W]
         ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size
@@ -138,18 +138,19 @@ class _LowRankLinear(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (4 + 4 * count)
         x, keep, H, A_RI, *rest = ctx.saved_tensors
+        like_x, plain, A, B = (rest[i * count:(i + 1) * count] for i in range(4))
         W = [tensor if stripped is None else stripped
-             for tensor, stripped in zip(rest[:count], ctx.stripped, strict=True)]
-        A, B = rest[count:2 * count], rest[2 * count:]
+             for tensor, stripped in zip(plain, ctx.stripped, strict=True)]
         x_NI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         if torch.is_grad_enabled():
-            H, A_RI = None, _stack(A, x.dtype)  # kept as values: a second derivative needs their graph
+            # Kept as values: a second derivative needs their graph.
+            H, A_RI, like_x = None, _stack(A, x.dtype), [B_OR.to(x.dtype) for B_OR in B]
         wanted = [ctx.needs_input_grad[4 + i] for i in range(4 * count)]
         for_A, for_B = wanted[2::4], wanted[3::4]
         dx = dH = None
         if ctx.needs_input_grad[0] or any(for_A):
-            dH = _gradient_of_H(x_NI, g, B, ctx.scales)
+            dH = _gradient_of_H(x_NI, g, like_x, ctx.scales)
         if ctx.needs_input_grad[0]:
             assert dH is not None
             dx = _gradient_of_x(x, keep, ctx.kept, g, W, dH, A_RI)
@@ -205,7 +206,7 @@ def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Te
 
 def _gradient_of_H(x_NI: Tensor, g: Sequence[Tensor | None], B: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """[sᵢ·gᵢ Bᵢ]; small launches are what a GPU waits for, so one scale of all is multiplied once."""
-    parts = [x_NI.new_zeros(len(x_NI), B_OR.shape[1]) if g_NO is None else g_NO @ B_OR.to(x_NI.dtype)
+    parts = [x_NI.new_zeros(len(x_NI), B_OR.shape[1]) if g_NO is None else g_NO @ B_OR
              for g_NO, B_OR in zip(g, B, strict=True)]
     if len(set(scales)) > 1:
         return torch.cat([part.mul_(scale) for part, scale in zip(parts, scales, strict=True)], 1)
@@ -236,7 +237,10 @@ def _through_factors(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tenso
     dA: list[Tensor | None] = [None] * len(A)
     dB: list[Tensor | None] = [None] * len(A)
     if dH is not None:
-        dA = [part.to(A_RI.dtype) for part, A_RI in zip(torch.split(dH.t() @ x_NI, ranks), A, strict=True)]
+        joint = dH.t() @ x_NI
+        if len({A_RI.dtype for A_RI in A}) == 1:
+            joint = joint.to(A[0].dtype)  # all parts at once
+        dA = [part.to(A_RI.dtype) for part, A_RI in zip(torch.split(joint, ranks), A, strict=True)]
     if for_B:
         if H is None:
             H = x_NI @ _stack(A, x_NI.dtype).t()

@@ -17,8 +17,9 @@ from torch import nn
 
 from deltaw.inject.blocks import repeated_layers
 
-REPAID_AFTER = 900.0
-"""Seconds of training from which on compiling is tried: about a minute of it against a tenth of the time saved."""
+REPAID_AFTER, REPAID_AFTER_GPU = 900.0, 150.0
+"""Seconds of training from which on compiling is tried. A processor saves about a tenth of the time for a minute of
+compiling; a GPU, which in plain operations waits for their launches, a third and more for half a minute."""
 
 
 @contextmanager

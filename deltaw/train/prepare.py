@@ -24,7 +24,7 @@ from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
 from deltaw.core.layers import plain_layers
 from deltaw.inject.blocks import repeated_layers
-from deltaw.train.compile import REPAID_AFTER, compiled_layers, why_not
+from deltaw.train.compile import REPAID_AFTER, REPAID_AFTER_GPU, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.decoding import device_of, finish
 from deltaw.train.evaluation import evaluating
@@ -154,7 +154,8 @@ class Preparation:
             choices.lines.append(f"compile: off, {reason}")
             return False
         plain = self.timed(choices)
-        if wanted == "auto" and recorded is None and plain * self.steps < REPAID_AFTER:
+        least = REPAID_AFTER if device_of(model).type == "cpu" else REPAID_AFTER_GPU
+        if wanted == "auto" and recorded is None and plain * self.steps < least:
             choices.lines.append(f"compile: off, {self.steps} steps of {plain:.2g} s would not repay it")
             return False
         plain = min(plain, self.timed(choices))

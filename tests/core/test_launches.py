@@ -37,10 +37,10 @@ def of_passes(scales: Sequence[float]) -> tuple[Counter[str], Counter[str]]:
     return forward.count, backward.count
 
 
-def test_a_is_converted_once_for_both_passes() -> None:
+def test_factors_are_converted_once_for_both_passes() -> None:
     forward, backward = of_passes([2.0, 2.0, 2.0])
     assert forward["_to_copy"] == 6  # each A and each B
-    assert backward["_to_copy"] == 3 + 6  # each B again, and the gradients of all back to float32
+    assert backward["_to_copy"] == 1 + 3  # the gradients back to float32: of all A, and of each B
     assert backward["cat"] == 1
 
 
