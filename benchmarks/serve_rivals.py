@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import smollm2_shaped
-from where import finish
+from pairs import finish, smollm2_shaped
 
 PROMPT = 32
 _seeds = itertools.count(1_000_000)

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Case, report
+from pairs import Case, finish, report
 from train_real import DATA, LR, instructions, peft_loop
-from where import add_options, chosen, finish, short
+from where import add_options, chosen, short
 
 import deltaw
 from deltaw import bases

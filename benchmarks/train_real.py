@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Case, report
-from where import add_options, chosen, finish, short
+from pairs import Case, finish, report
+from where import add_options, chosen, short
 
 import deltaw
 from deltaw.bases import load_base

@@ -37,9 +37,3 @@ def name(device: str) -> str:
 def short(dtype: torch.dtype) -> str:
     """The name by which an option knows a format."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-
-
-def finish(device: str) -> None:
-    """Wait until the device has done what it was asked to."""
-    if device == "cuda":
-        torch.cuda.synchronize()

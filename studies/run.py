@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -76,8 +75,7 @@ def run(study: str, work: Path, threads: int | None) -> None:
     config = HERE / f"{study}.toml"
     verb = "sweep" if "ranks =" in config.read_text(encoding="utf-8") else "compare"
     data = f"data/{data_of(study)}"
-    judged = [] if study.endswith("-rates") else ["--test", data]
-    deltaw(work, verb, "--config", str(config), "--data", data, *judged, "--out", study,
+    deltaw(work, verb, "--config", str(config), "--data", data, "--test", data, "--out", study,
            *(["--threads", str(threads)] if threads else []))
     if study in ANALYSED:
         tuned = [f"{study}/runs/{arm}/all/seed-{seed}/adapter" for arm, seed in ANALYSED[study]]
@@ -88,30 +86,15 @@ def collect(study: str, work: Path) -> None:
     """The table of the runs that are finished, where the study itself is not."""
     from deltaw.cli.compare import parser
     from deltaw.cli.studies import study_config
-    from deltaw.compare.advice import advise
-    from deltaw.compare.arms import arms_of_comparison, runs_of
-    from deltaw.compare.base import values_of_body
     from deltaw.compare.config import CompareConfig
-    from deltaw.compare.figures import reported
-    from deltaw.compare.run import read_outcome
-    from deltaw.compare.studies import StudyResult, plain
-    from deltaw.compare.table import rows_of
+    from deltaw.compare.studies import so_far
     from deltaw.report.comparison import study_page
-    from deltaw.train.examples import open_base
 
     data = f"data/{data_of(study)}"
     options = parser().parse(["--config", str(HERE / f"{study}.toml"), "--data", data, "--test", data, "--out", study])
-    config = study_config(options, CompareConfig)
-    found = [(run, outcome) for run in runs_of(config, arms_of_comparison(config))
-             if (outcome := read_outcome(work / study, run)) is not None]
-    with contextlib.chdir(work):  # where the base's name leads to it
-        body = values_of_body(open_base(config.train), config.train.task)
-    rows = rows_of([run for run, _ in found], [outcome for _, outcome in found], body)
-    judge = reported(config.judged_by, rows)
-    result = StudyResult(kind="compare", folder=study, config=plain(config), judged_by=judge, curves={},
-                         rows=tuple(rows), advice=advise(rows, judge))
-    (work / study / "study.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
-    (work / study / "report.html").write_text(study_page(result), encoding="utf-8")
+    with contextlib.chdir(work):  # where the names of the base and of the study lead to them
+        Path(study, "report.html").write_text(study_page(so_far(study_config(options, CompareConfig))),
+                                              encoding="utf-8")
 
 
 def deltaw(work: Path, *arguments: str) -> None:

@@ -20,7 +20,7 @@ from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.figures import better, reported
 from deltaw.compare.inputs import check_inputs
 from deltaw.compare.intrinsic import Intrinsic, intrinsic_dimension
-from deltaw.compare.run import TUNED, Run, read_outcome
+from deltaw.compare.run import TUNED, Outcome, Run, read_outcome
 from deltaw.compare.study import Tell, run_study
 from deltaw.compare.table import Row, best_first, rows_of
 from deltaw.errors import Fault, TrainingError
@@ -95,6 +95,14 @@ def sweep(config: SweepConfig, tell: Tell | None = None) -> StudyResult:
     return _written(dataclasses.replace(result, best=_keep_best(config, arms, result)))
 
 
+def so_far(config: CompareConfig) -> StudyResult:
+    """What is known of a comparison that is under way: its finished runs; nothing is trained or judged."""
+    folder, arms = Path(config.train.out).expanduser(), arms_of_comparison(config)
+    finished = [(run, outcome) for run in runs_of(config, arms) if (outcome := read_outcome(folder, run)) is not None]
+    return _written(_result("compare", config, arms, [run for run, _ in finished], [out for _, out in finished],
+                            open_base(config.train)))
+
+
 def say(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -108,6 +116,11 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], base
         tell(f"{label} does not apply: {why}")
     runs = runs_of(config, arms)
     outcomes = run_study(folder, runs, tell, together=config.together == "auto", unsuited=unsuited)
+    return _result(kind, config, arms, runs, outcomes, base, dropped)
+
+
+def _result(kind: str, config: CompareConfig | SweepConfig, arms: Sequence[Arm], runs: Sequence[Run],
+            outcomes: Sequence[Outcome], base: Base, dropped: Sequence[str] = ()) -> StudyResult:
     rows = rows_of(runs, outcomes, values_of_body(base, config.train.task))
     curves: dict[str, list[tuple[int, float]]] = {}
     for run, outcome in zip(runs, outcomes, strict=True):
@@ -115,8 +128,9 @@ def _study(kind: str, config: CompareConfig | SweepConfig, arms: list[Arm], base
             curves.setdefault(run.arm, list(outcome.curve))
     whole = [row for row in rows if row.size is None] or rows
     judge = reported(config.judged_by, rows)
-    return StudyResult(kind=kind, folder=str(folder), config=plain(config), judged_by=judge,
-                       rows=tuple(rows), curves=curves, advice=advise(whole, judge), dropped=tuple(dropped),
+    return StudyResult(kind=kind, folder=str(Path(config.train.out).expanduser()), config=plain(config),
+                       judged_by=judge, rows=tuple(rows), curves=curves, advice=advise(whole, judge),
+                       dropped=tuple(dropped),
                        ranks={arm.label: (arm.rest, arm.rank) for arm in arms if arm.rank is not None})
 
 

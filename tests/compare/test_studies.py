@@ -12,6 +12,7 @@ import pytest
 from deltaw.compare import compare, study, sweep
 from deltaw.compare.config import CompareConfig, SweepConfig
 from deltaw.compare.run import TUNED, Outcome, Run, prepared, write_outcome
+from deltaw.compare.studies import so_far
 from deltaw.errors import TrainingError
 from deltaw.train.config import TrainConfig
 from tests.cli.conftest import questions, write_base, write_rows
@@ -128,3 +129,16 @@ def test_halving_stops_where_no_arm_has_the_figure(tmp_path: Path, train: TrainC
     config = SweepConfig(train=replace(train, out=str(tmp_path)), ranks=(1, 2), seeds=(0,), together="off", halving=2)
     with pytest.raises(TrainingError, match="rung 1 of halving: no arm has the figure exact_match"):
         sweep(config, lambda _: None)
+
+
+def test_a_study_under_way_is_the_table_of_its_finished_runs(tmp_path: Path, train: TrainConfig, made_up: Any) -> None:
+    done = made_up(loss)
+    config = CompareConfig(train=replace(train, out=str(tmp_path)), methods=("lora", "full"), seeds=(0, 1),
+                           together="off")
+    whole = compare(config, lambda line: None)
+    assert so_far(config) == whole
+    (done[3] / "outcome.json").unlink()
+    lora, full = so_far(config).rows
+    assert (lora.seeds, full.seeds) == ((0, 1), (0,))
+    assert full.figures["loss"].mean == 1.0
+    assert len(done) == 4
