@@ -6,7 +6,8 @@
 A whole unpacked layer is a new allocation of hundreds of megabytes, and touching new memory takes longer than the
 unpacking. A strip is written into a buffer that is used again for the next one, and is still in the processor's cache
 when it is multiplied. bitsandbytes' own kernel writes it, to the bits of `bitsandbytes.functional.dequantize_4bit`.
-Elsewhere than on the CPU, and where that kernel is not found, a layer is one strip that bitsandbytes allocates.
+On a GPU a layer is one strip, which `unpacking_gpu` writes in one launch, in memory that torch's allocator hands out
+again. Where neither kernel can be used bitsandbytes unpacks the layer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from deltaw.core import unpacking_gpu
 
 STRIP = 1 << 22
 """Most numbers in a strip: 16 MB in float32."""
@@ -61,6 +64,10 @@ class Packed:
         """All of W in new memory."""
         if self.kind == "int8":
             return self.codes.to(dtype).mul_(self.absmax.unsqueeze(1).mul(1.0 / 127.0))
+        if self.codes.is_cuda:
+            W_OI = unpacking_gpu.unpacked(self.codes, self.state, dtype)
+            if W_OI is not None:
+                return W_OI
         from bitsandbytes.functional import dequantize_4bit
 
         W: Tensor = dequantize_4bit(self.codes, self.state)
