@@ -7,8 +7,9 @@ bitsandbytes need not convert. A turn unpacks a different layer with each call, 
 as a training step does, and lets go of each before the next. All numbers of all layers are compared.
 
 The rate is that of the GPU alone: turns are recorded as a CUDA graph and replayed. It counts what has to be moved, the
-codes, the scales and the numbers, on both sides; W goes to the same memory each time, so that the GPU's cache takes a part. A call's time is what Python takes too, where that is the longer. (In
-a training step the GPU is busy with products meanwhile.) Where there is no GPU nothing is measured.
+codes, the scales and the numbers, on both sides; W goes to the same memory each time, some of it to the GPU's cache. A
+call's time is what Python takes too, where that is the longer. (In a training step the GPU is busy with products
+meanwhile.) Where there is no GPU nothing is measured.
 """
 
 from __future__ import annotations
