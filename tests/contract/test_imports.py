@@ -75,8 +75,8 @@ def test_every_library_that_is_imported_is_declared(repo: Path) -> None:
         need for extra in ("quant", "gguf", "report", "hub-data", "serve")
         for need in project["optional-dependencies"][extra]
     ]
-    with_cuda = (repo / "requirements-cuda.lock").read_text(encoding="utf-8").splitlines()  # torch itself asks for these
-    needs += [line for line in with_cuda if not line.startswith("#")]
+    by_torch = (repo / "requirements-cuda.lock").read_text(encoding="utf-8").splitlines()
+    needs += [line for line in by_torch if not line.startswith("#")]
     declared = {canonicalize_name(Requirement(need).name) for need in needs}
     providers = packages_distributions()
     undeclared = set()
