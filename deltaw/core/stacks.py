@@ -22,21 +22,23 @@ class Stacks:
         self.pairs, self.outputs, self.count = pairs, outputs, len(pairs)
         self.ranks = [A.shape[0] for A in factors[::2]]
         self.width = max(self.ranks)
-        A, B = ([factor.to(dtype) for factor in factors[first::2]] for first in (0, 1))
+        self.own_dtype = factors[0].dtype
+        A, B = factors[0::2], factors[1::2]
         projections = len(outputs)
         self.full = len(A) == self.count * projections and min(self.ranks) == self.width
         """Whether nothing is padded: every segment has every projection, all of one rank."""
-        if self.full:
-            self.A_NPRI = torch.cat(A).view(self.count, projections * self.width, -1)
-            self.B = [torch.stack(B[i::projections]) for i in range(projections)]
+        if self.full:  # converted as stacks: a thousand factors in a pass would be a thousand conversions
+            self.A_NPRI = torch.cat(list(A)).to(dtype).view(self.count, projections * self.width, -1)
+            self.B = [torch.stack(list(B[i::projections])).to(dtype) for i in range(projections)]
         else:
-            self.A_NPRI, self.B = self._padded(A, B)
+            self.A_NPRI, self.B = self._padded(A, B, dtype)
         scales = [scale for part in pairs for _, scale in part]
         self.scale: float | Tensor = scales[0] if len(set(scales)) == 1 else self._by_column()
 
-    def _padded(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        A_NPRI = A[0].new_zeros(self.count, len(self.outputs) * self.width, A[0].shape[1])
-        B_NOR = [B[0].new_zeros(self.count, outputs, self.width) for outputs in self.outputs]
+    def _padded(self, A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """Stacks of zeros with the factors in their places, which the copying converts."""
+        A_NPRI = A[0].new_zeros(self.count, len(self.outputs) * self.width, A[0].shape[1], dtype=dtype)
+        B_NOR = [B[0].new_zeros(self.count, outputs, self.width, dtype=dtype) for outputs in self.outputs]
         for n, i, _, at in self._places():
             first = i * self.width
             A_NPRI[n, first:first + self.ranks[at]] = A[at]
@@ -80,7 +82,9 @@ class Stacks:
         return self._each(dA_NRI, dB)
 
     def _each(self, dA_NRI: Tensor, dB: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients pair by pair, without what is padded."""
+        """The gradients pair by pair, without what is padded, in the factors' dtype."""
+        dA_NRI = dA_NRI.to(self.own_dtype)
+        dB = [None if dB_NOR is None else dB_NOR.to(self.own_dtype) for dB_NOR in dB]
         if self.full:  # with a thousand pairs in a step it tells whether Python cuts them or torch does
             of_B = [[None] * self.count if dB_NOR is None else dB_NOR.unbind() for dB_NOR in dB]
             of_A = dA_NRI.view(self.count * len(dB), self.width, -1).unbind()

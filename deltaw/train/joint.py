@@ -15,10 +15,9 @@ from torch import Tensor
 
 from deltaw.bases.packed_attention import PLACES
 from deltaw.switch import Switchboard
+from deltaw.train.agreement import same_loss
 from deltaw.train.evaluation import evaluating
 from deltaw.train.objective import CausalLoss, Inputs
-
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,11 @@ def joined(batches: Sequence[Inputs]) -> dict[str, Tensor]:
     return row | {"attention_mask": batches[0]["attention_mask"], PLACES: places}
 
 
-def why_apart(board: Switchboard, probe: Piece, other: Piece, *, redraws: bool) -> str:
+def why_apart(board: Switchboard, probe: Piece, other: Piece, *, redraws: bool, dtype: torch.dtype) -> str:
     """Why an adapter has to have passes of its own, in a few words; "" where it may share them. Tried, not guessed.
 
     `probe` holds an example of the job, `other` of a neighbour. `redraws` says that dropout and recomputed activations
-    meet.
+    meet, `dtype` in which format the base computes.
     """
     assert probe.name is not None
     targets = board.table(probe.name)
@@ -90,8 +89,7 @@ def why_apart(board: Switchboard, probe: Piece, other: Piece, *, redraws: bool) 
                 together = joint_losses(board, [other, probe])[1]
         except (RuntimeError, ValueError) as error:
             return f"its layers do not take packed tokens of several adapters ({str(error).splitlines()[0][:120]})"
-    allowed = _SAME.get(alone.dtype, 3e-2) * max(1.0, abs(float(alone)))
-    if not abs(float(together - alone)) <= allowed:
+    if not same_loss(together, alone, dtype):
         return f"its loss beside a neighbour is {float(together):.6g} instead of {float(alone):.6g}"
     return ""
 

@@ -76,6 +76,8 @@ class TrainMany:
         self.rounds, self.tokens = self.record.rounds, 0
         self.lines: list[str] = []
         self.scheduler = Scheduler(config.budget_tokens)
+        self.bytes_per_token = 0.0
+        """What a token keeps for the backward pass in shared passes; 0 where no job takes part in any."""
         self._base_bits: Mapping[str, int] | None = None
 
     # -- from nothing to the first round -----------------------------------------------------------------------------

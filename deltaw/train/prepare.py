@@ -24,6 +24,7 @@ from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
 from deltaw.core.layers import plain_layers
 from deltaw.inject.blocks import repeated_layers
+from deltaw.train.agreement import same_loss
 from deltaw.train.compile import REPAID_AFTER, REPAID_AFTER_GPU, compiled_layers, why_not
 from deltaw.train.config import TrainConfig
 from deltaw.train.decoding import device_of, finish
@@ -33,7 +34,6 @@ from deltaw.train.memory import recompute_activations, recomputed, release_at_on
 from deltaw.train.objective import CausalLoss, Inputs, Objective
 from deltaw.train.tuning import Attached
 
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 _WORTH = 0.97
 """A compiled step has to take less than this share of a plain one."""
 
@@ -132,7 +132,7 @@ class Preparation:
                 loss = self.objective.loss(model, self.batch(2, packed=True))
             with evaluating(model):
                 apart = self.objective.loss(model, self.batch(2, packed=False))
-            if abs(float(loss - apart)) <= _SAME.get(self.base.dtype, 3e-2) * max(1.0, abs(float(apart))):
+            if same_loss(loss, apart, self.base.dtype):
                 choices.lines.append("packing: examples lie end to end, none is padded")
                 return True
             reason = f"this model's loss is then {float(loss):.6g} instead of {float(apart):.6g}"

@@ -37,5 +37,6 @@ class Sharing:
                 return "the base draws random numbers in training"
             piece = Piece(job.name, inputs, objective, 1)
             beside = next((other.name for other in others if other is not job and not other.why_apart), None)
-            self._tried[layers] = why_apart(self.board, piece, Piece(beside, inputs, objective, 1), redraws=redraws)
+            self._tried[layers] = why_apart(self.board, piece, Piece(beside, inputs, objective, 1), redraws=redraws,
+                                            dtype=self.base.dtype)
         return self._tried[layers]
