@@ -31,8 +31,9 @@ LIBRARY_CPU = 60 << 20
 """bitsandbytes and what it imports."""
 HOLES_CPU = 50 << 20
 """Holes that loading and preparing leave in a heap which is not given back."""
-FRAMEWORK_GPU = 700 << 20
-"""A CUDA context with cuBLAS's workspace; the host's memory is not counted against the card."""
+FRAMEWORK_GPU = 810 << 20
+"""A CUDA context (745 MiB on an H100) and cuBLAS's workspaces, of 32 MiB, of the threads that run the two passes; the
+host's memory is not counted against the card."""
 RETAINED_CPU, RETAINED_GPU = 0.19, 0.05
 """Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks. A CPU's gives large
 tensors back at once under gradient checkpointing, and then holds no more than a GPU's."""
@@ -103,13 +104,15 @@ def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *,
     return sizes.weights - sizes.matrices * item + packed, buffer * item
 
 
-def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool) -> float:
+def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool,
+           gpu: bool = False) -> float:
     """Bytes of a stretch's logits and of what is computed from them."""
     if config.task != "causal-lm":
         return 0.0
     rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
     values = rows * sizes.vocabulary
     buffers = values * (item if item >= 4 else item + 4)  # where dtypes allow, log p takes the place of the logits
+    buffers += values * 4 if gpu else 0  # a GPU takes all logarithms at once, and they need a place before that one
     if not learns:
         return buffers
     hidden = batch * length * config.supervised * sizes.width * item
@@ -138,7 +141,7 @@ def training(sizes: Sizes, config: PlanConfig, method: Method, item: int, framew
     """The most that a step holds: at the loss, at the start of the backward pass, or at its end."""
     parts = held(sizes, config, method, item, framework, gpu=gpu)
     gradients = config.adapters * sizes.trained * sizes.trained_width
-    z = logits(sizes, config, batch, length, item, learns=True)
+    z = logits(sizes, config, batch, length, item, learns=True, gpu=gpu)
     # Where gradients of the base's size grow while activations shrink, one of the two ends is the peak. Memory of
     # activations stays with a CPU's allocator for the next step, so that logits come on top of all of it; but under
     # gradient checkpointing every large tensor is given back at once (`deltaw.train.memory.release_at_once`).
@@ -155,7 +158,7 @@ def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, fram
                cache: float, batch: int, length: int, gpu: bool) -> Memory:
     """The most that an evaluation between two steps holds: a forward pass, or the answers' keys and values."""
     parts = held(sizes, config, method, item, framework, gpu=gpu)
-    z = logits(sizes, config, batch, length, item, learns=False)
+    z = logits(sizes, config, batch, length, item, learns=False, gpu=gpu)
     return Memory(parts | {"gradients": 0.0, "activations": max(forward, cache), "logits": z, "allocator": 0.0})
 
 

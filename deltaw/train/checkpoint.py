@@ -80,7 +80,9 @@ class Checkpoints:
         _restore_generators(tensors, facts["generators"])
         known = {f.name for f in fields(State)}
         counters = {name: value for name, value in facts["state"].items() if name in known}
-        return State(**counters, best_tensors=_under(tensors, "best"))
+        homes = {name: parameter.device for name, parameter in tuning.parameters().items()}
+        best = {name: tensor.to(homes.get(name, tensor.device)) for name, tensor in _under(tensors, "best").items()}
+        return State(**counters, best_tensors=best)
 
 
 def recorded_config(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from deltaw.core import Geometry
 from deltaw.core.methods import pissa
 from deltaw.core.methods.lora import delta_weight
-from tests.device import DEVICE, randn
+from tests.device import DEVICE, ON_CPU, randn
 
 GEOMETRIES = {
     "linear": Geometry(kind="linear", shape=(9, 7)), "conv1d": Geometry(kind="linear", shape=(7, 9), transposed=True),
@@ -50,7 +50,8 @@ def test_the_principal_part_is_the_best_approximation(name: str) -> None:
         assert geometry.fits(A, B)
         assert geometry.rank_of(A, B) == rank
         got = delta_weight(A, B, scale, geometry).double()
-        assert float((got - expected(W, geometry, rank)).abs().max()) < 1e-5
+        # cuSOLVER's singular vectors of a stack are a unit in the last place farther off (1.2e-5 was seen).
+        assert float((got - expected(W, geometry, rank)).abs().max()) < (1e-5 if ON_CPU else 2e-5)
         # Singular values shared evenly: both factors have the same norm.
         assert float(A.norm()) == pytest.approx(float(B.norm()), rel=1e-4)
 

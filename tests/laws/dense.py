@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import Adapter, Switchboard
+from tests.device import ON_CPU
 
 
 def fill(board: Switchboard, name: str, seed: int) -> None:
@@ -110,6 +111,15 @@ def _add(model: nn.Module, path: str, difference: Tensor) -> None:
 def wide(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Floating-point tensors in float64, ids as they are."""
     return tuple(t.double() if t.is_floating_point() else t for t in tensors)
+
+
+def same(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two ways to the base's own output agree: to the bit on the CPU.
+
+    On a GPU two calls of one product may be given different kernels, which add in different orders; there it is an
+    error within the tolerance.
+    """
+    return torch.equal(got, expected) if ON_CPU else error(got, expected) <= tolerance
 
 
 def error(got: Tensor, expected: Tensor) -> float:

@@ -46,7 +46,7 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(small: Plan) -> None:
 
 
 def test_the_change_that_is_named_makes_it_fit(small: Plan) -> None:
-    limit = f"{small['lora'].peak / 1e6:.0f}MB"
+    limit = f"{1.001 * small['lora'].peak / 1e6:.0f}MB"  # what is worked out from batches of 64 is that near
     large = replace(SMALL, memory=limit, batch_size=64)
     found = plan(large)["lora"]
     assert found.fits is False
@@ -95,7 +95,7 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
 def test_a_lower_share_of_supervised_tokens_has_fewer_logits() -> None:
     parts = [plan(replace(SMALL, supervised=share), search=False)["lora"].memory["train"].parts["logits"]
              for share in (1.0, 0.25)]
-    assert parts[0] == 128 * 49152 * (2 + 4) + 128 * 576 * 2
+    assert parts[0] == 128 * 49152 * (2 + 4 + 4) + 128 * 576 * 2  # of a GPU
     assert parts[1] == parts[0] / 4
 
 
