@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Case, report, smollm2_shaped
+from pairs import Case, report
+from shapes import model_of
 
 import deltaw
 
@@ -37,14 +38,14 @@ def main() -> int:
     repeats = 5 if args.quick else 15
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
-        model = smollm2_shaped(torch.bfloat16, layers)
+        model = model_of("smollm2", torch.bfloat16, layers).eval()
         config = deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
         board = deltaw.attach(model, config, name="first", seed=3)
         start = time.perf_counter()
         board.adapter("first").save(path)
         seconds, size = time.perf_counter() - start, sum(f.stat().st_size for f in path.iterdir())
         print(f"  save: {seconds:.3f} s, {size / 1e6:.1f} MB")
-        rival = peft.get_peft_model(smollm2_shaped(torch.bfloat16, layers),
+        rival = peft.get_peft_model(model_of("smollm2", torch.bfloat16, layers).eval(),
                                     peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
         for i in range(15):
             board.add(f"a{i}", config)

@@ -25,8 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, report
-from shapes import SHAPES, batch_of, model_of
-from train_step import LINEAR
+from shapes import LINEAR, SHAPES, batch_of, model_of
 
 MIB = 1 << 20
 

@@ -88,17 +88,6 @@ def report(name: str, cases: list[Case], device: str = "cpu") -> int:
     return sum(not c.met for c in cases)
 
 
-def smollm2_shaped(dtype: torch.dtype, layers: int = 30) -> torch.nn.Module:
-    """A randomly initialised Llama of SmolLM2-135M's shapes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
-                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-                         max_position_embeddings=8192)
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
 def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Multiplications and additions a second that this device reaches in a large product."""
     size = 8192 if device == "cuda" else 2048

@@ -34,9 +34,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from big_model import high_water
 from pairs import Case, report, timed
-from shapes import SHAPES, batch_of, model_of
+from shapes import LINEAR, SHAPES, batch_of, model_of
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MB = 1e6
 Step = Callable[[], float]
 NAMES = {"0.5b": "qwen", "1b": "llama1b", "7b": "llama7b"}

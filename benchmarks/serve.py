@@ -35,8 +35,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Case, report, smollm2_shaped
+from pairs import Case, report
 from serve_rivals import Rivals, Vllm, base_model, prompt
+from shapes import model_of
 from where import add_options, chosen
 
 import deltaw
@@ -116,7 +117,7 @@ def main() -> int:
 
 def write_adapters(folder: Path, rank: int, different: int, total: int) -> dict[str, Path]:
     """Adapters with random factors; beyond the first ones they share files on disk, and nothing in memory."""
-    model = smollm2_shaped(torch.float32)
+    model = model_of("smollm2", torch.float32).eval()
     config = deltaw.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
     paths: dict[str, Path] = {}
     for i in range(total):

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import finish, smollm2_shaped
+from pairs import finish
+from shapes import model_of
 
 PROMPT = 32
 _seeds = itertools.count(1_000_000)
 
 
 def base_model(weights: str) -> torch.nn.Module:
-    model = smollm2_shaped(torch.float32)
+    model = model_of("smollm2", torch.float32).eval()
     return model if weights == "fp32" else model.bfloat16() if weights == "bf16" else model.bfloat16().float()
 
 

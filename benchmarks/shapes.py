@@ -25,6 +25,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 """SmolLM2-135M, Qwen2.5-0.5B, TinyLlama-1.1B, Llama-2-7B (both with room for 8,192 positions) and BERT-base."""
 
 
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Names of every linear layer in a layer of the decoders."""
+
+
 def model_of(shape: str, dtype: torch.dtype, layers: int | None = None, device: str = "cpu") -> torch.nn.Module:
     """A network of this shape in training mode: a classifier for "bert", else a language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Case, alternate, report, smollm2_shaped
+from pairs import Case, alternate, report
+from shapes import model_of
 
 import deltaw
 from deltaw.bases import choose_dtype
@@ -29,7 +30,7 @@ def build(dtype: torch.dtype, layers: int):
     """Our model and peft's with the same base and the same 16 adapters."""
     import peft
 
-    ours_model, peft_model = smollm2_shaped(dtype, layers), smollm2_shaped(dtype, layers)
+    ours_model, peft_model = model_of("smollm2", dtype, layers).eval(), model_of("smollm2", dtype, layers).eval()
     config = deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     native, reason = choose_dtype("auto", "cpu")
     narrow = None if dtype == torch.float32 or native == torch.bfloat16 else torch.float32
@@ -178,7 +179,7 @@ def drift(layers: int, switches: int) -> list[Case]:
 
     cases = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        model = smollm2_shaped(dtype, layers)
+        model = model_of("smollm2", dtype, layers).eval()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         config = deltaw.LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=False)
         board = deltaw.attach(model, config, name="a", seed=0)
@@ -187,7 +188,7 @@ def drift(layers: int, switches: int) -> list[Case]:
             board.merge("ab"[i % 2])
             board.unmerge()
         changed = _changed(before, dict(model.named_parameters()))
-        rival_base = smollm2_shaped(dtype, layers)
+        rival_base = model_of("smollm2", dtype, layers).eval()
         rival_before = {n: p.detach().clone() for n, p in rival_base.named_parameters()}
         rival = peft.get_peft_model(rival_base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS,
                                                                init_lora_weights=False))

@@ -25,7 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, gemm_rate, report, timed
-from shapes import SHAPES, batch_of, model_of
+from shapes import LINEAR, SHAPES, batch_of, model_of
+from where import add_options
 
 import deltaw
 from deltaw.bases import choose_dtype
@@ -35,7 +36,6 @@ from deltaw.train.cross_entropy import Terms
 from deltaw.train.objective import CausalLoss, ClassLoss
 from deltaw.train.optimizer import adamw
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BERT = ["query", "key", "value", "dense"]
 Step = Callable[[], float]
 
@@ -143,11 +143,10 @@ def main() -> int:
     """Time all sides, alternating."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 layers and no compiled sides")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2")
     parser.add_argument("--qv", action="store_true", help="adapt q and v only")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_options(parser, dtype="auto")
     parser.add_argument("--rows", help="4, of the classifier 16; or of several batches, one after another: 4,16")
     parser.add_argument("--tokens", help="in a row of each batch: 256, of the classifier 64")
     parser.add_argument("--sides", help="some of them, by their names in the table; ours is always there")

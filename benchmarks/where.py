@@ -1,4 +1,4 @@
-"""Where a benchmark computes and in which number format: the options, and what a clock has to wait for."""
+"""Where a benchmark computes and in which number format: the options, and their names."""
 
 from __future__ import annotations
 

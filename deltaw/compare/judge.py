@@ -17,6 +17,7 @@ from deltaw.compare.run import Run
 from deltaw.data import EncodedData, judged_split, load_data
 from deltaw.train.beams import Beams
 from deltaw.train.config import TrainConfig
+from deltaw.train.decoding import device_of, finish
 from deltaw.train.evaluation import evaluate, evaluating
 from deltaw.train.examples import examples_for
 
@@ -82,7 +83,7 @@ def times(tuned: Baseline, base: bases.Base) -> dict[str, float]:
     The base and the changed model take turns, so that what else the machine does falls on both.
     """
     model, found = base.model, dict[str, float]()
-    device = next(model.parameters()).device
+    device = device_of(model)
     length = min(LONGEST, (base.max_positions or LONGEST) - tuned.takes)
     batches = {rows: torch.full((rows, length), 5, device=device) for rows in BATCHES}
     with evaluating(model):
@@ -103,8 +104,7 @@ def _pass(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 
     def call() -> None:
         model(**options)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
+        finish(ids.device)
 
     call()
     return call
