@@ -112,10 +112,10 @@ class _Moved(nn.Module):
         if not part.on:
             return start
         start = part.start.get(self.name, start)
-        moved = part.projections[self.name](part.held.theta).view_as(start)  # type: ignore[arg-type]
-        if part.layers:
-            moved = moved * part.held.scales[part.layer_of[self.name]]  # type: ignore[index]
-        return start + moved.to(start.dtype)
+        theta: Tensor = part.held.theta  # type: ignore[assignment]
+        if part.layers:  # λ(Pθ) = P(λθ), and d values are multiplied instead of all of the layer's
+            theta = theta * part.held.scales[part.layer_of[self.name]]  # type: ignore[index]
+        return start + part.projections[self.name](theta).view_as(start).to(start.dtype)
 
 
 def _layers(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, int]:

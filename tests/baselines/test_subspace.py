@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.baselines import METHODS, BaselineConfig
+from deltaw.baselines import METHODS, BaselineConfig, fastfood
 from deltaw.baselines.fastfood import Fastfood, walsh_hadamard
 from deltaw.errors import ConfigError
 
@@ -23,8 +23,7 @@ def matrix(p: Fastfood, total: int) -> torch.Tensor:
     """P (rows, d) from the definition, with B, Π and G as they were drawn and its own normalisation."""
     H, blocks = hadamard(p.n), []
     for k in range(len(p.signs_KN)):
-        order = p.order_KN[k].long() - k * p.n
-        permute = torch.eye(p.n, dtype=torch.float64)[order]
+        permute = torch.eye(p.n, dtype=torch.float64)[p.order_KN[k].long()]
         gauss = p.gauss_KN[k].double()
         gauss = gauss / gauss.norm()  # up to the scale, which the definition fixes:
         blocks.append(H @ torch.diag(gauss) @ permute @ H @ torch.diag(p.signs_KN[k].double()) / p.n**0.5)
@@ -40,8 +39,10 @@ def test_the_transform_is_the_hadamard_matrix(n: int) -> None:
     torch.testing.assert_close(walsh_hadamard(walsh_hadamard(x)), x * n)
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 20], ids=["a block at a time", "all blocks at once"])
 @pytest.mark.parametrize(("dimension", "rows"), [(1, 5), (5, 3), (8, 40), (100, 1000)])
-def test_fastfood_is_its_matrix(dimension: int, rows: int) -> None:
+def test_fastfood_is_its_matrix(dimension: int, rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fastfood._AT_ONCE, "cpu", at_once)
     p = Fastfood(dimension, rows, total=rows, generator=torch.Generator().manual_seed(1), device=torch.device("cpu"))
     theta = torch.randn(dimension, dtype=torch.float64, requires_grad=True)
     P, weights = matrix(p, rows), torch.randn(rows, dtype=torch.float64)
