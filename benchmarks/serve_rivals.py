@@ -8,6 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,25 @@ def base_model(weights: str) -> torch.nn.Module:
 
 def prompt(seed: int) -> list[int]:
     return random.Random(seed).choices(range(1000, 40000), k=PROMPT)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two answers part: at which token, and transformers' logits of ours and theirs."""
+
+    row: int
+    place: int
+    ours: float
+    theirs: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the order of a sum can decide which of the two is larger."""
+        return abs(self.ours - self.theirs) < 1e-3
+
+    def __str__(self) -> str:
+        return (f"answer {self.row} parts at token {self.place}, where the logits are {self.ours:.6f} and "
+                f"{self.theirs:.6f}: {'a tie' if self.is_tie else 'NO TIE'}")
 
 
 class Rivals:
@@ -67,12 +87,12 @@ class Rivals:
         return rows * tokens / (time.perf_counter() - begin), out[:, PROMPT:].tolist()
 
     @torch.inference_mode()
-    def is_tie(self, adapted: bool, row: int, one: list[int], other: list[int]) -> bool:
-        """Whether two answers part where the model's logits of both tokens are within 1e-3 of each other."""
+    def parting(self, adapted: bool, row: int, one: list[int], other: list[int]) -> Parting:
+        """Where two answers to a prompt part, and the model's logits of the two tokens there."""
         place = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
         ids = torch.tensor([prompt(row) + one[:place]], device=self.device)
         logits_V = (self.mixed(ids, adapter_names=[self.names[row]]) if adapted else self.base(ids)).logits[0, -1]
-        return abs(float(logits_V[one[place]] - logits_V[other[place]])) < 1e-3
+        return Parting(row, place, float(logits_V[one[place]]), float(logits_V[other[place]]))
 
 
 class Vllm:

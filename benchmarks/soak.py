@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -33,7 +34,9 @@ Expected = dict[tuple[Mix, str], str]
 BLENDS: tuple[Mix, ...] = ((("small", 0.7), ("wide", -0.3)), (("wide", 0.5), ("head", 1.5), ("scaled", 1.0)))
 PROMPTS = ["is the sky blue ?", "hello", "the sea is green", "world is the sky is the sea is the grass is the world"]
 TOKENS = 16
+DAMAGED = "damaged"
 GROWTH_MIB = 60
+REPORT_S = 60
 NONSENSE: list[dict[str, Any]] = [
     {"model": "nobody", "prompt": "x"}, {"model": "tiny"}, {"model": "tiny", "prompt": "x", "max_tokens": 10**9},
     {"model": "tiny", "prompt": [10**6]}, {"model": "tiny", "prompt": "x", "temprature": 1}]
@@ -57,6 +60,8 @@ def soak(folder: Path, seconds: float, clients: int, seed: int) -> dict[str, Any
     base = write_base(folder / "base")
     root = folder / "adapters"
     paths = {name: write_adapter(base, root / name, i, **fields) for i, (name, fields) in enumerate(SHAPES.items())}
+    damaged = shutil.copytree(paths["wide"], root / DAMAGED) / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     settings = config(base, places=5, allow_runtime_loading=True, adapter_root=str(root), adapter_memory=1,
                       auto_merge=1e-9)  # whoever is alone for two steps is merged
     expected = {(mix, prompt): answer for mix in ((), *(((name, 1.0),) for name in paths), *BLENDS)
@@ -110,6 +115,10 @@ def run(service: Service, url: str, expected: Expected, seconds: float, clients:
     warm.start()
     for thread in threads:
         thread.start()
+    while (left_s := end - time.monotonic()) > 0:
+        time.sleep(min(left_s, REPORT_S))
+        told = ", ".join(f"{kind} {count}" for kind, count in sorted(done.items()) if kind != "rss_warm")
+        print(f"  {max(0, end - time.monotonic()):.0f} s left: {told}, wrong {len(wrong)}", file=sys.stderr, flush=True)
     for thread in threads:
         thread.join()
     warm.join()
@@ -117,7 +126,8 @@ def run(service: Service, url: str, expected: Expected, seconds: float, clients:
     growth = (resident() - done.pop("rss_warm")) / 2**20
     left = {"running": len(service.engine.scheduler.running), "waiting": service.engine.scheduler.waiting,
             "places_taken": len(service.engine.scheduler.places.all) - len(service.engine.scheduler.places.free),
-            "pinned": sum(entry.pins for entry in service.engine.pool._by_number.values())}
+            "pinned": sum(entry.pins for entry in service.engine.pool._by_number.values()),
+            "being_read": len(service.engine.ahead._asked)}
     ok = not wrong and not any(left.values()) and growth < GROWTH_MIB and done["right"] > 0
     return {"ok": ok, "seconds": seconds, "done": dict(done), "wrong": dict(Counter(wrong).most_common(5)),
             "left": left, "merges": service.engine._merge.merges if service.engine._merge else 0,
@@ -128,7 +138,7 @@ def run(service: Service, url: str, expected: Expected, seconds: float, clients:
 def client(url: str, expected: Expected, end: float, rng: random.Random, done: Counter[str],
            wrong: list[str]) -> None:
     """One client: mostly questions, sometimes something else."""
-    kinds = [ask] * 4 + [stream] * 2 + [leave, nonsense, reload, rest]
+    kinds = [ask] * 4 + [stream] * 2 + [leave, nonsense, reload, spoil, rest]
     with httpx.Client(base_url=url, timeout=900) as http:
         while time.monotonic() < end:
             try:
@@ -204,6 +214,14 @@ def reload(http: httpx.Client, expected: object, rng: random.Random) -> str:
                                                      "load_inplace": rng.random() < 0.5})
     assert reply.status_code == 200 or reply.json()["error"]["code"] == "already_loaded", reply.text
     return "reloaded"
+
+
+def spoil(http: httpx.Client, expected: object, rng: random.Random) -> str:
+    """Load what is no adapter, is damaged, or lies outside."""
+    path = rng.choice([DAMAGED, "nowhere", "../base", "/etc"])
+    reply = http.post("/v1/load_lora_adapter", json={"lora_name": f"bad{rng.random()}", "lora_path": path})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "adapter_refused"), reply.text
+    return "spoilt"
 
 
 def resident() -> int:

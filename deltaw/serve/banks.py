@@ -118,7 +118,8 @@ class Banks:
                 used = 0 if part is None else part.shape[0]
                 if part is not None:
                     whole[entry, :used] = part
-                whole[entry, used:] = 0
+                if used < rank:
+                    whole[entry, used:] = 0
         bank.entries[entry], self.where[blend] = blend, (bank, entry)  # at last: nobody finds what was half copied
 
     def forget(self, number: int) -> None:

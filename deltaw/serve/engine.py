@@ -2,6 +2,7 @@
 
     submit, cancel, call     from any thread; nothing of the engine's state is touched outside its own thread
     a step                   plan (scheduler), enter adapters (pool → banks), forward (runner), choose (sampler), tell
+    beside the steps         adapters of those that wait are read in a thread of their own (ahead)
 
 What fails for one adapter ends the requests that use it; what fails in a forward ends those that ran; what fails where
 nothing was foreseen ends all that is open. The engine goes on. Should its thread end all the same, whatever is asked of
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from deltaw.errors import DeltawError
+from deltaw.serve.ahead import ReadAhead
 from deltaw.serve.banks import Banks, Factors, blended
 from deltaw.serve.fit import Fitted
 from deltaw.serve.merging import AutoMerge
@@ -80,6 +82,7 @@ class Engine:
         self.scheduler, self.pool, self.counters = scheduler, pool, Counters()
         self._runner, self._banks, self._decode, self._ends = runner, banks, decode, frozenset(ends)
         self._sampler, self._merge = sampler or Sampler(), merge
+        self.ahead = ReadAhead(pool, self.call, self._refuse)
         self._asked: queue.SimpleQueue[Asked[Any] | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._closed = False
@@ -98,6 +101,7 @@ class Engine:
         """End after the present step; what runs is cancelled."""
         self._asked.put(None)
         self._thread.join()
+        self.ahead.close()
 
     @property
     def alive(self) -> bool:
@@ -148,12 +152,13 @@ class Engine:
     # -- in the engine's thread --------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        busy = False
         try:
             while not self._stopping:
                 try:
-                    self._listen()
-                    if not self.scheduler.idle:
-                        self.step()
+                    self._listen(wait=not busy)
+                    busy = False
+                    busy = not self.scheduler.idle and self.step()
                 except Exception as error:  # nothing that was foreseen: all that is open is told, and the next can come
                     traceback.print_exc()
                     for sequence in list(self.scheduler.sequences()):
@@ -175,9 +180,8 @@ class Engine:
             if asked is not None:
                 asked.refuse()
 
-    def _listen(self) -> None:
-        """Do what was asked; wait for something where there is nothing else to do."""
-        wait = self.scheduler.idle
+    def _listen(self, *, wait: bool) -> None:
+        """Do what was asked; `wait` for something where there is nothing else to do."""
         while True:
             try:
                 asked = self._asked.get(block=wait, timeout=IDLE_S if wait else None)
@@ -189,17 +193,24 @@ class Engine:
                 return
             asked.do()
 
-    def step(self) -> None:
-        """One step: everybody who runs gets a token, or a part of their prompt computed."""
+    def step(self) -> bool:
+        """One step: everybody who runs gets a token, or a part of their prompt computed. False where nobody can run."""
         began = time.monotonic()
         for sequence in [s for s in self.scheduler.sequences() if s.deadline < began]:
             self._end(sequence, "timeout")
-        step = self.scheduler.plan(self._admits)
+        self.ahead.look((s.blend for s in self.scheduler.running), self.scheduler.line(len(self.scheduler.places.all)))
+        step = self.scheduler.plan(self.ahead.has_room, self.ahead.is_read)
         for start in step.starts:
             self._runner.begin(start)
-        self._enter(step)
         if not step.chunks:
-            return
+            return False
+        self._enter(step)
+        if step.chunks:
+            self._compute(step, began)
+        return True
+
+    def _compute(self, step: Step, began: float) -> None:
+        """The forward of a step, and what it gives to whom."""
         try:
             complete, logits = self._runner.run(step.chunks)
             chosen = self._sampler.choose(logits, [chunk.sequence for chunk in complete])
@@ -213,11 +224,8 @@ class Engine:
         for chunk, (token, logprob) in zip(complete, chosen, strict=True):
             self._tell(chunk.sequence, token, (logprob,) if logprob is not None else ())
 
-    def _admits(self, blend: Blend) -> bool:
-        return self.pool.fits(blend, {s.blend for s in self.scheduler.running})
-
     def _enter(self, step: Step) -> None:
-        """Have the factors of everybody who runs in place; an adapter that cannot be read ends its requests."""
+        """Have the factors of everybody who runs in place; an adapter that cannot be ends its requests."""
         running = {sequence.blend for sequence in self.scheduler.running}
         if self._merge is not None:
             self._banks.merged = self._merge.choose(self.scheduler.sequences(), self.factors)
@@ -225,17 +233,22 @@ class Engine:
             try:
                 if blend != self._banks.merged and blend not in self._banks.where:
                     self._banks.enter(blend, self.factors(blend), running)
-            except Exception as error:  # a file can be damaged in any way
-                if not isinstance(error, (DeltawError, OSError)):
-                    traceback.print_exc()
+            except Exception as error:  # no memory for a larger stack, for one
+                traceback.print_exc()
                 for chunk in [c for c in step.chunks if c.sequence.blend == blend]:
                     step.chunks.remove(chunk)
                     self._fail(chunk.sequence, error)
 
+    def _refuse(self, number: int, error: Exception) -> None:
+        """End the requests for an adapter that cannot be read."""
+        if not isinstance(error, (DeltawError, OSError)):
+            traceback.print_exception(error)
+        for sequence in [s for s in self.scheduler.sequences() if any(n == number for n, _ in s.blend)]:
+            self._fail(sequence, error)
+
     def factors(self, blend: Blend) -> Factors:
-        """The factors of a blend, its adapters read if need be."""
-        running = {number for sequence in self.scheduler.running for number, _ in sequence.blend}
-        parts = [(self.pool.get(number, running).factors, weight) for number, weight in blend]
+        """The factors of a blend; its adapters are in memory, or read now."""
+        parts = [(self.pool.get(number, self.ahead.needed).factors, weight) for number, weight in blend]
         return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else blended(parts)
 
     def _tell(self, sequence: Sequence, token: int, logprobs: tuple[object, ...]) -> None:

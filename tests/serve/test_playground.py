@@ -162,6 +162,17 @@ def test_a_failing_column_says_why_and_leaves_the_others_be(page: Any, expected:
     page.get_log("browser")  # a 404 stands there too
 
 
+def test_no_longer_answer_can_be_asked_for_than_the_server_allows(browser: Any, base_folder: Path) -> None:
+    with open_service(config(base_folder, max_tokens=20), {}) as service, live(service) as url:
+        browser.get(url + "/")
+        until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".model"))
+        field = browser.find_element(By.ID, "max_tokens")
+        assert (field.get_property("max"), field.get_property("value")) == ("20", "20")
+        answer, = ask(browser, "hello")
+        assert "failed" not in answer.get_attribute("class")
+        assert text_of(answer)
+
+
 def test_stop_ends_the_answers_and_frees_the_page(browser: Any, base_folder: Path) -> None:
     with open_service(config(base_folder), {}) as service, live(service) as url:
         open_page(browser, url, models=1)

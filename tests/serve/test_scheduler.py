@@ -139,6 +139,29 @@ def test_one_that_waits_for_memory_is_not_passed_for_ever() -> None:
     assert len(big.written) == 2
 
 
+def test_one_whose_adapter_is_being_read_is_passed_until_it_is_there() -> None:
+    scheduler = Scheduler(places=1)
+    late, others = sequence(0, adapter=3, length=2), [sequence(1 + i, adapter=1, length=2) for i in range(4)]
+    scheduler.add(late, *others)
+    read: set[Blend] = {others[0].blend}
+    ended: list[int] = []
+    for turn in range(12):
+        if turn == 3:
+            read.add(late.blend)
+        ended += [s.number for s in compute(scheduler, scheduler.plan(is_read=read.__contains__))]
+    assert ended[0] == 1
+    assert sorted(ended) == [0, 1, 2, 3, 4]
+    assert ended.index(0) < 3, "nothing was given to it yet, so that it is next as soon as it is there"
+
+
+def test_nobody_passes_one_that_waits_for_memory_although_it_is_not_read() -> None:
+    scheduler = Scheduler(places=2)
+    big, small = sequence(0, adapter=3), sequence(1, adapter=1)
+    scheduler.add(big, small)
+    step = scheduler.plan(admits=lambda blend: blend != big.blend, is_read=lambda blend: blend != big.blend)
+    assert not step.chunks
+
+
 def test_a_full_queue_takes_all_of_a_request_or_nothing() -> None:
     scheduler = Scheduler(places=1, max_waiting=3)
     scheduler.add(sequence(0), sequence(1))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
 from deltaw import __version__
-from deltaw.serve.http import errors, openai, operations, reference
+from deltaw.serve.http import errors, openai, operations, reference, replies
 from deltaw.serve.http.guard import Guard
 
 if TYPE_CHECKING:
@@ -42,4 +42,18 @@ def create_app(service: Service, draining: Draining | None = None) -> FastAPI:
 
     app.add_middleware(Guard, api_key=service.config.api_key, max_bytes=service.config.max_request_bytes,
                        draining=draining)
+    _complete(app.openapi())
     return app
+
+
+def _complete(document: dict[str, Any]) -> None:
+    """Make the document, which the app keeps, say what FastAPI cannot know: events of streams, and what never comes."""
+    schemas = document["components"]["schemas"]
+    schemas |= replies.events()
+    for told in [told for methods in document["paths"].values() for told in methods.values()]:
+        told["responses"].pop("422", None)
+        for content in [answer.get("content", {}) for answer in told["responses"].values()]:
+            if content.get("application/json") == {"schema": {}}:
+                del content["application/json"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)

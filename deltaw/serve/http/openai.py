@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from deltaw.serve.http import replies
 from deltaw.serve.http.answers import Answer, Answers, prepare, unknown_model
 from deltaw.serve.http.disconnect import unless_gone
 from deltaw.serve.http.errors import ErrorReply, Refused, body
@@ -23,20 +24,18 @@ if TYPE_CHECKING:
 
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in
                                            (400, 401, 404, 413, 429, 500, 503, 504)}
-EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}},
-                                                 "description": "An answer, or a stream."}}
 
 
 def router(service: Service) -> APIRouter:
     """The routes over this service."""
     routes = APIRouter(prefix="/v1", responses=ERRORS)
 
-    @routes.get("/models")
+    @routes.get("/models", response_model=None, responses=replies.json(replies.ModelList))
     async def models() -> dict[str, Any]:
         """The base, then its adapters."""
         return {"object": "list", "data": _models(service)}
 
-    @routes.get("/models/{name:path}")
+    @routes.get("/models/{name:path}", response_model=None, responses=replies.json(replies.Model))
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
         for found in _models(service):
@@ -44,12 +43,14 @@ def router(service: Service) -> APIRouter:
                 return found
         raise unknown_model(service, name)
 
-    @routes.post("/chat/completions", response_model=None, responses=EVENTS)
+    @routes.post("/chat/completions", response_model=None,
+                 responses=replies.json_or_events(replies.ChatReply, replies.ChatChunk))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """The next turn of a conversation."""
         return await _answer(Chat(asked, service), await prepare(service, asked), request)
 
-    @routes.post("/completions", response_model=None, responses=EVENTS)
+    @routes.post("/completions", response_model=None,
+                 responses=replies.json_or_events(replies.CompletionReply, replies.CompletionChunk))
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """What follows a text."""
         return await _answer(Completion(asked, service), await prepare(service, asked), request)
@@ -61,7 +62,7 @@ def _models(service: Service) -> list[dict[str, Any]]:
     """The base, then its adapters, as OpenAI and vLLM describe a model."""
     base = {"id": service.name, "object": "model", "created": int(service.started), "owned_by": "deltaw",
             "root": service.config.model, "parent": None, "max_model_len": service.capacity,
-            "chat": service.chats}
+            "max_tokens": service.longest_answer, "chat": service.chats}
     return [base, *({"id": card["name"], "object": "model", "created": card["created"], "owned_by": "deltaw",
                      "root": card["path"], "parent": service.name, "rank": card["rank"]} for card in service.cards())]
 

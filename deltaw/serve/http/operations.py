@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from deltaw import __version__
 from deltaw.errors import DeltawError, StateError
+from deltaw.serve.http import replies
 from deltaw.serve.http.errors import ErrorReply, Refused, from_fault
 from deltaw.serve.http.metrics import exposition
 from deltaw.serve.http.schema import LoadAdapter, UnloadAdapter
@@ -23,6 +24,7 @@ POLICY = {"Content-Security-Policy": "default-src 'self'; img-src data:; frame-a
           "X-Content-Type-Options": "nosniff"}
 """What the playground may load: its own files, so that no answer can make it run or fetch anything."""
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 413, 503)}
+STOPPED: dict[int | str, dict[str, Any]] = {503: {"model": ErrorReply}}
 SAYS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}, "description": "A sentence, as vLLM's."}}
 
 
@@ -54,13 +56,13 @@ def adapters(service: Service) -> APIRouter:
                           code="model_not_found") from error
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
-    @routes.get("/lora-adapters")
+    @routes.get("/lora-adapters", response_model=None, responses=replies.json(list[replies.NumberedAdapter]))
     async def listed() -> list[dict[str, Any]]:
         """Adapters with the numbers that `lora` may use, as llama.cpp lists them; none is ever used again."""
         return [{"id": card["number"], "name": card["name"], "path": card["path"], "scale": 0.0}
                 for card in service.cards()]
 
-    @routes.get("/v1/adapters/{name:path}")
+    @routes.get("/v1/adapters/{name:path}", response_model=None, responses=replies.json(replies.AdapterCard))
     async def card(name: str) -> dict[str, Any]:
         """All that an adapter's files tell about it."""
         try:
@@ -77,21 +79,21 @@ def state(service: Service, draining: Callable[[], bool]) -> APIRouter:
     """The routes about the server itself; they need no key."""
     routes = APIRouter()
 
-    @routes.get("/health")
+    @routes.get("/health", response_model=None, responses=replies.json(replies.Status) | STOPPED)
     async def health() -> dict[str, str]:
         """Whether the engine is alive."""
         if not service.ready:
             raise Refused(503, "The engine has stopped.")
         return {"status": "ok"}
 
-    @routes.get("/ready", responses={503: {"model": ErrorReply}})
+    @routes.get("/ready", response_model=None, responses=replies.json(replies.Status) | STOPPED)
     async def ready() -> dict[str, str]:
         """Whether new requests are taken."""
         if draining() or not service.ready:
             raise Refused(503, "The server is stopping.", code="stopping")
         return {"status": "ready"}
 
-    @routes.get("/version")
+    @routes.get("/version", response_model=None, responses=replies.json(replies.Version))
     async def version() -> dict[str, str]:
         """The version of deltaw."""
         return {"version": __version__}

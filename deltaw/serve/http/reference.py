@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -27,26 +27,43 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def _route(document: Mapping[str, Any], number: int, method: str, path: str, asked: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><td><code>{escape(name)}</code></td><td>{escape(kind)}</td><td>{escape(need)}</td></tr>"
-                   for name, kind, need in _fields(document, asked))
-    table = f"<table><tr><th>field</th><th>holds</th><th></th></tr>{rows}</table>" if rows else ""
-    answers = ", ".join(f"{status} {answer.get('description', '')}".strip()
-                        for status, answer in asked.get("responses", {}).items())
+    responses = asked.get("responses", {})
+    answers = ", ".join(f"{status} {answer.get('description', '')}".strip() for status, answer in responses.items())
     about = escape(asked.get("description", ""))
-    return (f'<section id="{number}"><h2><code>{method} {escape(path)}</code></h2><p>{about}</p>{table}'
+    return (f'<section id="{number}"><h2><code>{method} {escape(path)}</code></h2><p>{about}</p>'
+            f'{_table("asked", _asked(document, asked))}{_table("answered", _held(document, responses.get("200", {})))}'
             f'<p class="note">Answers: {escape(answers)}</p></section>')
 
 
-def _fields(document: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
+    told = "".join(f"<tr><td><code>{escape(name)}</code></td><td>{escape(kind)}</td><td>{escape(need)}</td></tr>"
+                   for name, kind, need in rows)
+    return told and f"<table><tr><th>{title}</th><th>holds</th><th></th></tr>{told}</table>"
+
+
+def _asked(document: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Name, kind and need of each parameter and each field of the body."""
     for parameter in asked.get("parameters", ()):
         yield parameter["name"], _kind(parameter.get("schema", {})), f"in the {parameter['in']}"
-    for content in asked.get("requestBody", {}).get("content", {}).values():
+    for name, kind, is_required in _fields(document, asked.get("requestBody", {})):
+        yield name, kind, "required" if is_required else ""
+
+
+def _held(document: Mapping[str, Any], answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name and kind of each field of an answer."""
+    for name, kind, is_required in _fields(document, answer):
+        yield name, kind, "" if is_required else "not always"
+
+
+def _fields(document: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Name, kind and need of each field of a body."""
+    for content in body.get("content", {}).values():
         schema = content.get("schema", {})
+        schema = schema.get("items", schema)
         if "$ref" in schema:
             schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
         for name, field in schema.get("properties", {}).items():
-            yield name, _kind(field), "required" if name in schema.get("required", ()) else ""
+            yield name, _kind(field), name in schema.get("required", ())
 
 
 def _kind(schema: Mapping[str, Any]) -> str:

@@ -36,10 +36,18 @@ async function connect() {
   const adapters = known.filter((model) => model !== base);
   $("base").textContent = `${base.id}, ${adapters.length} adapter${adapters.length === 1 ? "" : "s"}`;
   if (base.chat === false) $("base").textContent += "; it has no chat template: prompts are continued as text";
+  limitTokens();
   if (!chosen.size) [base, ...adapters.slice(0, 1)].forEach((model) => chosen.add(model.id));
   $("blend-with").replaceChildren(...adapters.map((model) => make("option", { value: model.id, textContent: model.id })));
   $("blend-add").disabled = !adapters.length;
   listModels();
+}
+
+/** No longer answer can be asked for than the server allows, which says so with the base. */
+function limitTokens() {
+  const field = $("max_tokens"), most = base.max_tokens ?? Number(field.max);
+  field.max = String(most);
+  field.value = String(Math.min(Number(field.value), most));
 }
 
 function listModels() {
