@@ -1,13 +1,15 @@
 """Many adapters together beside the same adapters one after the other, on SmolLM2-135M; and beside peft.
 
-    python benchmarks/train_many.py [--quick] [--only same,mixed,large,peft,count,nf4,sweep] [--data FOLDER]
+    python benchmarks/train_many.py [--quick] [--only same,mixed,large,short,peft,count,nf4,sweep] [--data FOLDER]
                                     [--device cpu|cuda] [--dtype fp32|bf16|auto]
 
 same, mixed, nf4    both sides are steps of the same jobs in one process: with a budget of one micro-batch each pass is
                     one adapter's, which is what a run alone computes, pass for pass; with the whole budget the adapters
                     share passes. They take turns. Both must be as near to gradients in float64 as plain operations are
-large               a process for each side: eight jobs of 4 x 256 tokens under a budget of 1,024, and one
-peft                eight peft runs in a loop by hand with a fused AdamW, rows of 1 (nothing is padded), the same rows
+large               a process for each side, in turns: eight jobs of 4 x 256 tokens, budget 1,024, and one
+short, peft         eight peft runs in a loop by hand with a fused AdamW, same rows in the same batches: questions of
+                    a line (banking77), 1, 2 and 4 a step, and instructions with answers, 1 a step. Nothing is padded
+                    in rows of 1, little in others, since batches are of like length
 count               64 adapters of 16 tokens each beside one of 1,024
 sweep               `deltaw.compare.sweep` over six ranks in one process, and in six; loading and evaluation included
 
@@ -17,6 +19,7 @@ Memory is the process's, or what is allocated on the GPU.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import subprocess
@@ -24,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Case, finish, report
-from train_real import DATA, LR, instructions, peft_loop
+from train_real import DATA, FIRST, LR, instructions, peft_loop
 from where import add_options, chosen, short
 
 import deltaw
@@ -272,70 +275,108 @@ def quantized(where: Where, repeats: int) -> list[Case]:
 
 
 def child(where: Where, one: bool) -> None:
-    """Print what a process holds at most, and its speed: of one job of 4 x 256 tokens, or of eight in one budget."""
+    """Hold one job of 4 x 256 tokens, or eight in one budget; a line of input asks for so many steps, answered in JSON.
+
+    An answer says how long they took and what the process has held at most.
+    """
     base = where.base()
     with tempfile.TemporaryDirectory() as folder:
         made = jobs(where, Path(folder), [deltaw.LoraConfig(r=8, lora_alpha=16)] * (1 if one else 8), 4, 256)
         with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
             shared(many)
             before = memory_in_use()
-            rounds(many, 1024, 2 if one else 16)  # the budget holds one job's step; after two the doctor is content
-            count = 24 if where.device == "cuda" else 3 if one else 8
-            spent = where.seconds(lambda: rounds(many, 1024, count))
-            counted = 1024 * many.bytes_per_token
-    print(json.dumps({"peak": peak_memory(), "speed": count * 1024 / spent, "counted": counted, "before": before}))
+            rounds(many, 1024, 2 * len(made))  # the budget holds one job's step; after two the doctor is content
+            print("ready", flush=True)
+            for line in sys.stdin:
+                steps = int(line)
+                spent = where.seconds(lambda steps=steps: rounds(many, 1024, steps))  # type: ignore[misc]
+                print(json.dumps({"spent": spent, "peak": peak_memory(), "before": before,
+                                  "counted": 1024 * many.bytes_per_token}), flush=True)
 
 
-def large(where: Where) -> list[Case]:
-    """Eight jobs of 4 x 256 tokens beside one: tokens a second, and peak memory; a process for each side."""
-    found: dict[str, list[dict[str, float]]] = {"one": [], "eight": []}
-    for side in ("one", "eight", "one"):
-        command = [sys.executable, __file__, "--child", side, *(f"--{k}={v}" for k, v in where.options.items())]
-        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[side].append(json.loads(out.stdout.splitlines()[-1]))
-        last = found[side][-1]
+def large(where: Where, repeats: int) -> list[Case]:
+    """Eight jobs of 4 x 256 tokens beside one, in turns: tokens a second, and peak memory; a process for each side."""
+    steps, found = 8 if where.device == "cuda" else 4, dict[str, list[dict[str, float]]]()
+    with ExitStack() as stack:
+        sides = {side: stack.enter_context(answering(where, side)) for side in ("one", "eight")}
+        for turn in range(repeats + 1):
+            for side, ask in sides.items():
+                answer = ask(steps)
+                if turn:
+                    found.setdefault(side, []).append(answer)
+    for side, answers in found.items():
+        last = answers[-1]
         counted = f"{last['counted'] / 2**30:.2f} GiB" if last["counted"] else "nothing, since no job shares passes"
         print(f"    {side}: 1,024 tokens were counted to keep {counted}; the process grew by "
-              f"{(last['peak'] - last['before']) / 2**30:.2f} GiB", flush=True)
-    (eight,), one = found["eight"], found["one"]
-    return [Case("8 adapters, 4 x 256 tokens, r=8", "tok/s", eight["speed"],
-                 statistics.mean(run["speed"] for run in one), "one run", 1.0, better="higher"),
-            Case("8 adapters, 4 x 256 tokens: peak memory", "GiB", eight["peak"] / 2**30,
-                 max(run["peak"] for run in one) / 2**30, "one run", 1.3)]
+              f"{(last['peak'] - last['before']) / 2**30:.2f} GiB; seconds a turn of {steps} steps: "
+              + ", ".join(f"{answer['spent']:.2f}" for answer in answers), flush=True)
+    speed = {side: 1024 * steps / statistics.median(answer["spent"] for answer in answers)
+             for side, answers in found.items()}
+    peak = {side: answers[-1]["peak"] / 2**30 for side, answers in found.items()}
+    return [Case("8 adapters, 4 x 256 tokens, r=8", "tok/s", speed["eight"], speed["one"], "one run", 1.0,
+                 better="higher"),
+            Case("8 adapters, 4 x 256 tokens: peak memory", "GiB", peak["eight"], peak["one"], "one run", 1.3)]
 
 
-def against_peft(where: Where, data: Path, steps: int) -> list[Case]:
-    """Eight adapters of six ranks on real instructions beside eight peft runs, rows of 1."""
+@contextmanager
+def answering(where: Where, side: str) -> Iterator[Callable[[int], dict[str, float]]]:
+    """A process of `child`, which takes steps when it is asked to, and is ended with the block."""
+    command = [sys.executable, __file__, "--child", side, *(f"--{k}={v}" for k, v in where.options.items())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        talk, listen = process.stdin, process.stdout
+        assert talk is not None
+        assert listen is not None
+
+        def ask(steps: int) -> dict[str, float]:
+            print(steps, file=talk, flush=True)
+            return json.loads(listen.readline())  # type: ignore[no-any-return]
+
+        while listen.readline().strip() != "ready":
+            if process.poll() is not None:
+                raise RuntimeError(f"the process of '{side}' ended with {process.returncode}")
+        yield ask
+
+
+def questions(data: Path, target: Path) -> None:
+    """Banking77: a customer's question of a line, and which of 77 things it is about, as one JSONL file."""
+    with (data.parent / "banking77" / "train.csv").open(encoding="utf-8", newline="") as table:
+        rows = [{"instruction": row["text"], "output": row["category"].replace("_", " ")}
+                for row in csv.DictReader(table)]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def against_peft(where: Where, data: Path, prepare: Callable[[Path, Path], None], name: str, rows: int,
+                 steps: int) -> Case:
+    """Eight adapters of six ranks on real data beside eight peft runs, from the end of the second step on."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        instructions(data, folder / "rows.jsonl")
+        prepare(data, folder / "rows.jsonl")
         made = [deltaw.TrainConfig(
             model=MODEL, data=str(folder / "rows.jsonl"), out=str(folder / f"r{number}"), name=f"r{number}",
-            lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=steps, batch_size=1, schedule="constant",
-            warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0, eval_rows=1, seed=number,
-            max_length=256, doctor_steps=2, **where.options)
+            lora=deltaw.LoraConfig(r=rank, lora_alpha=16), max_steps=FIRST + steps, batch_size=rows,
+            schedule="constant", warmup_steps=0, learning_rate=LR, eval_every=0, save_every=0, samples=0, eval_rows=1,
+            seed=number, max_length=256, doctor_steps=2, **where.options)
             for number, rank in enumerate((2, 4, 8, 16, 32, 64, 8, 16))]
-        began = time.perf_counter()
         with TrainMany(made, ManyConfig(out=f"{temporary}/set", control=False, budget_tokens=1024), quiet=True) as many:
             streams = {name: job.session.examples.stream() for name, job in many.jobs.items()}
-            batches: dict[str, Any] = {n: [next(s) for _ in range(steps)] for n, s in streams.items()}
-            for name in batches:
-                many.board.adapter(name).save(folder / "start" / name)
+            batches: dict[str, Any] = {n: [next(s) for _ in range(FIRST + steps)] for n, s in streams.items()}
+            for adapter in batches:
+                many.board.adapter(adapter).save(folder / "start" / adapter)
             result = many.run()
-        whole = time.perf_counter() - began
-        spent = sum(job.result.train_seconds for job in result.jobs.values() if job.result)
-        curves = {name: [row["loss"] for row in job.result.curve if row["event"] == "step"]
-                  for name, job in result.jobs.items() if job.result}
-        theirs, equal, began = 0.0, True, time.perf_counter()
-        for name in batches:
-            ends, losses = peft_loop(batches[name], folder / "start" / name, where.dtype, where.device)
-            theirs += ends[-1]
-            equal &= same_curve(curves[name], losses, where.dtype)
-        tokens = sum(len(e.input_ids) for several in batches.values() for batch in several for e in batch)
-        print(f"    {tokens:,} tokens; ours {spent:.1f} s in steps ({whole:.1f} s with loading, evaluation and files), "
-              f"peft {theirs:.1f} s in steps ({time.perf_counter() - began:.1f} s with loading)", flush=True)
-    return [Case("8 adapters on real instructions, rows of 1", "tok/s", tokens / spent, tokens / theirs,
-                 "eight peft runs", 3.0, better="higher", equal=equal)]
+        spent = theirs = 0.0
+        equal = True
+        for adapter, job in result.jobs.items():
+            assert job.result is not None
+            curve = [row for row in job.result.curve if row["event"] == "step"]
+            ends, losses = peft_loop(batches[adapter], folder / "start" / adapter, where.dtype, where.device)
+            spent += curve[-1]["seconds"] - curve[FIRST - 1]["seconds"]
+            theirs += ends[-1] - ends[FIRST - 1]
+            equal &= same_curve([row["loss"] for row in curve], losses, where.dtype)
+        tokens = sum(len(e.input_ids) for several in batches.values() for batch in several[FIRST:] for e in batch)
+        print(f"    {tokens:,} tokens, {tokens / steps / 8:.0f} a step of a job; "
+              f"ours {spent:.1f} s, peft {theirs:.1f} s", flush=True)
+    return Case(f"8 adapters on {name}, rows of {rows}", "tok/s", tokens / spent, tokens / theirs, "eight peft runs",
+                3.0, better="higher", equal=equal)
 
 
 def same_curve(mine: list[float], its: list[float], dtype: torch.dtype) -> bool:
@@ -372,7 +413,7 @@ def main() -> int:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--only", default="same,mixed,large,peft,count,nf4,sweep", help="some of these cases")
+    parser.add_argument("--only", default="same,mixed,large,short,peft,count,nf4,sweep", help="some of these cases")
     parser.add_argument("--child", choices=["one", "eight"], help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=DATA)
     add_options(parser, dtype="fp32")
@@ -381,6 +422,7 @@ def main() -> int:
     if args.child:
         child(where, args.child == "one")
         return 0
+    steps = 3 if args.quick else 40 if gpu else 8
     only, repeats = args.only.split(","), 2 if args.quick else 20 if gpu else 6
     base = where.base() if {"same", "mixed", "count"} & set(only) else None
     same = [deltaw.LoraConfig(r=8, lora_alpha=16)] * 8
@@ -389,8 +431,10 @@ def main() -> int:
         "same": lambda: [compare(where, base, "8 adapters, 1 x 64 tokens, r=8", same, 64, 1.6, repeats)],
         "mixed": lambda: [compare(where, base, "8 adapters, 1 x 64 tokens, r=1..64, mixed targets", mixed, 64, 1.4,
                                  repeats)],
-        "large": lambda: large(where),
-        "peft": lambda: against_peft(where, args.data, 3 if args.quick else 40 if gpu else 8),
+        "large": lambda: large(where, 1 if args.quick else 4),
+        "peft": lambda: [against_peft(where, args.data, instructions, "instructions", 1, steps)],
+        "short": lambda: [against_peft(where, args.data, questions, "short questions", rows, steps)
+                          for rows in (1, 2, 4)],
         "count": lambda: [many_adapters(where, base, 2 if args.quick else 10 if gpu else 3)],
         "nf4": lambda: quantized(where, 2 if args.quick else 10 if gpu else 3),
         "sweep": lambda: rank_sweep(where, args.data, 6 if args.quick else 40 if gpu else 12),

@@ -24,7 +24,7 @@ from deltaw.train.doctor import Doctor
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.memory import give_back
 from deltaw.train.objective import Objective
-from deltaw.train.optimizer import set_rate
+from deltaw.train.optimizer import take_step
 from deltaw.train.state import Batch, Batches, Pace, State, Watch
 from deltaw.train.tuning import Tuning
 
@@ -69,17 +69,13 @@ class Run:
 
     def settle(self, drawn: Draw, losses: Sequence[float], seconds: Callable[[], float]) -> None:
         """Take the step whose gradients are there: check, clip, update, count, watch, evaluate."""
-        parameters, pace, state = self.parameters, self.pace, self.state
+        pace, state = self.pace, self.state
         self.doctor.check_loss(state.step + 1, losses, [batch.where for batch in drawn.batches])
-        total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm, rate = float(total_norm), pace.rate(state.step)
         self.doctor.check_gradients(state.step + 1, rate, norm)
 
-        if 0.0 < pace.max_grad_norm < norm + 1e-6:  # torch's own term: a shorter gradient is multiplied by 1
-            torch.nn.utils.clip_grads_with_norm_(parameters, pace.max_grad_norm, total_norm)
-        set_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        take_step(self.optimizer, rate, norm=total_norm, longest=pace.max_grad_norm)
 
         state.step += 1
         state.units += drawn.units

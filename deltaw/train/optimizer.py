@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltaw.errors import ConfigError, Fault
 
+_LEAST_NORM = 1e-6
+"""What torch adds to a norm that it divides by."""
 Schedule = Callable[[int], float]
 """From a step, counted from 0, to the factor of the peak learning rate."""
 
@@ -80,6 +82,27 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group this learning rate, times its own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
+
+
+def take_step(optimizer: torch.optim.Optimizer, rate: float, *, norm: Tensor, longest: float) -> None:
+    """One step at this rate with gradients that are `norm` long, cut to `longest` (0: never); they are then gone.
+
+    A fused AdamW cuts them as it reads them, which spares a pass over all gradients.
+    """
+    cut = 0.0 < longest < float(norm) + _LEAST_NORM  # a shorter gradient would be multiplied by 1
+    fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    set_rate(optimizer, rate)
+    if cut and fused:  # an attribute by which torch's gradient scaler has gradients divided
+        optimizer.grad_scale = (norm.float() + _LEAST_NORM) / longest  # type: ignore[attr-defined]
+    elif cut:
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(members, longest, norm)
+    try:
+        optimizer.step()
+    finally:
+        if cut and fused:
+            del optimizer.grad_scale  # type: ignore[attr-defined]
+    optimizer.zero_grad(set_to_none=True)
 
 
 def warmup_of(total: int, *, ratio: float, steps: int | None) -> int:

@@ -35,7 +35,7 @@ from deltaw.train.decoding import sample
 from deltaw.train.examples import Layout
 from deltaw.train.joint import joined
 from deltaw.train.objective import CausalLoss
-from deltaw.train.optimizer import adamw, set_rate
+from deltaw.train.optimizer import adamw, take_step
 from deltaw.train.state import State
 from deltaw.train.tuning import LoraTuning
 
@@ -153,11 +153,7 @@ class Workbench:
             group.update(betas=params.betas, eps=params.eps)
             group["weight_decay"] = params.weight_decay if group["params"][0].ndim >= 2 else 0.0
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        if params.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), params.max_grad_norm, norm)
-        set_rate(optimizer, params.learning_rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(optimizer, params.learning_rate, norm=norm, longest=params.max_grad_norm)
         self._steps[adapter] += 1
         return float(norm)
 

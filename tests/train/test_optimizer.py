@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.train.optimizer import adamw, schedule, set_rate, warmup_of
+from deltaw.train.optimizer import adamw, schedule, set_rate, take_step, warmup_of
 from tests.device import DEVICE, randn
 
 
@@ -48,6 +48,27 @@ def test_warmup_is_counted_as_transformers_does() -> None:
     assert warmup_of(10, ratio=0.03, steps=None) == 1
     assert warmup_of(10, ratio=0.0, steps=None) == 0
     assert warmup_of(10, ratio=0.5, steps=2) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("longest", [0.0, 0.5, 1e6])
+def test_a_step_cuts_gradients_as_torch_does(longest: float, dtype: torch.dtype) -> None:
+    mine, its = ([nn.Parameter(torch.ones(shape, device=DEVICE, dtype=dtype)) for shape in ((7, 9), (5,))]
+                 for _ in range(2))
+    optimizer = adamw(dict(zip("wb", mine, strict=True)), learning_rate=0.1, weight_decay=0.1)
+    reference = torch.optim.AdamW([{"params": its[:1], "weight_decay": 0.1}, {"params": its[1:], "weight_decay": 0.0}],
+                                  lr=0.1, fused=True)
+    for size in (10.0, 0.01, 1.0):  # AdamW forgets one factor of all steps, so that steps are of unlike size
+        for p, q in zip(mine, its, strict=True):
+            p.grad = randn(*p.shape).to(dtype) * size
+            q.grad = p.grad.clone()
+        take_step(optimizer, 0.1, norm=torch.nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None]),
+                  longest=longest)
+        torch.nn.utils.clip_grad_norm_(its, longest or float("inf"))
+        reference.step()
+    assert all(p.grad is None for p in mine)
+    for p, q in zip(mine, its, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6 if dtype == torch.float32 else 0.02, atol=1e-6)
 
 
 def test_loraplus_gives_b_a_rate_of_its_own() -> None:
