@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deltaw.core import unpacking_gpu
 
@@ -162,6 +163,11 @@ def numbers_in(parameter: Tensor) -> int:
     """How many numbers a parameter stands for, packed or not."""
     packed = packed_tensor(parameter)
     return parameter.numel() if packed is None else math.prod(packed.shape)
+
+
+def wrapped(weight: Tensor) -> bool:
+    """Whether this is another library's tensor around codes, such as torchao's: it has the dtype of its values."""
+    return is_traceable_wrapper_subclass(weight)
 
 
 def _packed_8bit(weight: Tensor, scales: Tensor | None) -> Packed | None:
