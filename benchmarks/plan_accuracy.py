@@ -175,7 +175,8 @@ def options_of(run: Run, model: str, root: Path, device: str) -> dict[str, Any]:
             "eval_every": 0, "save_every": 2,
             "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
-            "optimizer": run.optimizer, "release_memory": run.release, "device": device, "learning_rate": 1e-4, "schedule": "constant",
+            "optimizer": run.optimizer, "release_memory": run.release, "device": device, "learning_rate": 1e-4,
+            "schedule": "constant",
             "warmup_ratio": 0.0}
 
 
@@ -226,7 +227,8 @@ def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
         batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"],
         device=options["device"],
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
-        optimizer=options["optimizer"], release_memory=options["release_memory"]), search=False, calibrates=calibrates).methods[0]
+        optimizer=options["optimizer"], release_memory=options["release_memory"]),
+        search=False, calibrates=calibrates).methods[0]
 
 
 def measured(options: dict[str, Any]) -> dict[str, float]:

@@ -24,7 +24,15 @@ from deltaw.plan.devices import Device
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.step import Steps
-from deltaw.plan.timing import FAULTS, TRIMMED, optimizer_seconds, seconds_elsewhere, seconds_here, step_work, unpacking_seconds
+from deltaw.plan.timing import (
+    FAULTS,
+    TRIMMED,
+    optimizer_seconds,
+    seconds_elsewhere,
+    seconds_here,
+    step_work,
+    unpacking_seconds,
+)
 
 
 @dataclass(frozen=True, slots=True)
