@@ -167,7 +167,11 @@ def numbers_in(parameter: Tensor) -> int:
 
 def wrapped(weight: Tensor) -> bool:
     """Whether this is another library's tensor around codes, such as torchao's: it has the dtype of its values."""
-    return is_traceable_wrapper_subclass(weight)
+    if not is_traceable_wrapper_subclass(weight):
+        return False
+    from torch.distributed.tensor import DTensor  # heavy, and needed for such tensors alone
+
+    return not isinstance(weight, DTensor)  # which wraps plain numbers
 
 
 def _packed_8bit(weight: Tensor, scales: Tensor | None) -> Packed | None:
