@@ -1,13 +1,13 @@
 """What `deltaw plan` says beside what `deltaw train` then takes, each run in a fresh process.
 
-    python benchmarks/plan_accuracy.py [--quick] [--only TEXT] [--calibrate] [--keep FOLDER]
+    python benchmarks/plan_accuracy.py [--quick] [--times] [--only TEXT] [--calibrate] [--keep FOLDER]
 
 Real runs: `deltaw.train` on a folder of random weights (or SmolLM2's own), with data, evaluation, checkpoints and
 samples. Memory is the most the process ever had resident (VmHWM), libraries and loading included; beside it stands the
 error of what the run adds to an idle process, which is the harder figure. On a GPU (`--device cuda`) it is the most
 that torch's allocator reserved and the context beside it, an idle process being one with a context. The time of a step
 is the median of those after the first. Constants of the plan are set on the cases marked *; the others judge it. Times
-are worth something on a quiet machine only.
+are worth something on a quiet machine only: `--times` measures it first, then prints both errors of 26 short runs.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Run:
     optimizer: str = "adamw"
     method: str = "lora"
     quantize: str = "none"
+    release: bool = False
     seen: bool = False
 
     @property
@@ -73,7 +74,8 @@ class Run:
         number = self.dtype if self.dtype == self.stored else f"{self.dtype} of {self.stored}"
         words = {kind: True, number: True, self.quantize: self.quantize != "none",
                  self.checkpointing: self.checkpointing != "off", "padded": self.packing != "auto",
-                 "q,v": self.targets != "all-linear", self.optimizer: self.optimizer != "adamw"}
+                 "q,v": self.targets != "all-linear", self.optimizer: self.optimizer != "adamw",
+                 "released": self.release}
         extras = [word for word, said in words.items() if said]
         return f"{'*' if self.seen else ' '}{self.shape} {self.batch} x {self.length} {' '.join(extras)}"
 
@@ -116,15 +118,24 @@ RUNS = (
     Run(shape="llama-s", batch=4, length=256, method="adapter-h"),
     Run(shape="llama-s", batch=4, length=256, method="preembed"),
     Run(shape="bert-m", batch=8, length=128, method="bitfit"),
-    Run(shape="smollm2", batch=4, length=256),
+    Run(shape="llama-s", batch=4, length=256, release=True, seen=True),
+    Run(shape="bert-m", batch=8, length=128, release=True, seen=True),
+    Run(shape="llama-m", batch=4, length=512, release=True), Run(shape="qwen", batch=2, length=256, release=True),
+    Run(shape="llama-s", batch=4, length=256, quantize="nf4", release=True),
+    Run(shape="llama-s", batch=4, length=256, method="full", release=True),
+    Run(shape="smollm2", batch=4, length=256), Run(shape="smollm2", batch=4, length=256, release=True),
     Run(shape="smollm2", batch=2, length=512, checkpointing="layer"),
 )
 
 
 TIMED = ("tiny 1 x 64 r8 fp32", "llama-s 1 x 64 r8 fp32", "llama-s 4 x 256 r8 fp32", "llama-s 8 x 256 r8 fp32 layer",
-         "llama-s 4 x 256 r8 fp32 nf4", "llama-s 4 x 256 full fp32", "llama-m 1 x 128 r8 fp32",
-         "llama-m 2 x 256 r8 fp32 nf4 layer", "qwen 2 x 256 r8 fp32", "gpt2 4 x 256 r8 fp32",
-         "bert-s 16 x 128 r8 fp32", "bert-m 8 x 128 r8 fp32", "llama-s 4 x 256 r8 fp32 q,v")
+         "llama-s 8 x 256 r8 fp32 attention", "llama-s 4 x 256 r8 fp32 padded", "llama-s 4 x 256 r64 fp32",
+         "llama-s 4 x 256 r8 fp32 q,v", "llama-s 4 x 256 r8 fp32 nf4", "llama-s 4 x 256 r8 fp32 released",
+         "llama-s 4 x 256 full fp32", "llama-s 4 x 256 adapter-h fp32", "llama-s 4 x 256 preembed fp32",
+         "llama-m 1 x 128 r8 fp32", "llama-m 2 x 256 r8 fp32 nf4 layer", "llama-m 2 x 256 r8 fp32 int8",
+         "qwen 2 x 256 r8 fp32", "qwen 2 x 256 r8 fp32 nf4", "gpt2 4 x 256 r8 fp32", "gpt2 8 x 128 r8 fp32 layer",
+         "bert-s 16 x 128 r8 fp32", "bert-s 32 x 64 r8 fp32", "bert-m 8 x 128 r8 fp32", "bert-m 4 x 256 r8 fp32",
+         "bert-m 8 x 128 full fp32", "bert-m 8 x 128 bitfit fp32")
 """Names of the runs whose times are judged: short ones, since they need a machine that does nothing else."""
 
 
@@ -164,7 +175,8 @@ def options_of(run: Run, model: str, root: Path, device: str) -> dict[str, Any]:
             "eval_every": 0, "save_every": 2,
             "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
-            "optimizer": run.optimizer, "device": device, "learning_rate": 1e-4, "schedule": "constant",
+            "optimizer": run.optimizer, "release_memory": run.release, "device": device, "learning_rate": 1e-4,
+            "schedule": "constant",
             "warmup_ratio": 0.0}
 
 
@@ -215,7 +227,8 @@ def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
         batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"],
         device=options["device"],
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
-        optimizer=options["optimizer"]), search=False, calibrates=calibrates).methods[0]
+        optimizer=options["optimizer"], release_memory=options["release_memory"]),
+        search=False, calibrates=calibrates).methods[0]
 
 
 def measured(options: dict[str, Any]) -> dict[str, float]:
@@ -276,7 +289,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first, and judge times")
     parser.add_argument("--keep", help="folder for bases and results; what is there is not measured again")
-    parser.add_argument("--times", action="store_true", help="short runs for times only, a dozen; implies --calibrate")
+    parser.add_argument("--times", action="store_true", help="26 short runs for times and memory; implies --calibrate")
     parser.add_argument("--measure", action="store_true", help="measure and keep, plan nothing")
     parser.add_argument("--replan", action="store_true", help="plan the kept runs only, measure nothing")
     parser.add_argument("--child")
@@ -298,7 +311,7 @@ def main() -> int:
             if args.replan and not kept.is_file():
                 continue
             options = options_of(run, folder_of(run, root), root, args.device)
-            options |= {"max_steps": 5, "save_every": 0, "eval_rows": 1, "samples": 0} if args.times else {}
+            options |= {"max_steps": 5, "eval_rows": 1, "samples": 0} if args.times else {}
             if args.measure:
                 kept.write_text(json.dumps(measured(options)), encoding="utf-8")
                 continue
@@ -320,7 +333,7 @@ def main() -> int:
         if args.measure:
             return 0
         (root / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        return report("plan_accuracy", summary(rows, UNITS[2:] if args.times else UNITS[:2])) and 0
+        return report("plan_accuracy", summary(rows, UNITS if args.times else UNITS[:2])) and 0
 
 
 if __name__ == "__main__":

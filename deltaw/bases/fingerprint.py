@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.core.packed import packed_tensor
+from deltaw.core.packed import packed_tensor, wrapped
 from deltaw.errors import AdapterFileError, Fault
 
 SAMPLES = 256
@@ -130,7 +130,7 @@ def _position(name: str, draw: int, numel: int) -> int:
 
 def _element(tensor: Tensor, position: int) -> Tensor | None:
     """One element as a 0-dimensional float32 tensor, or None where it cannot be read as a weight."""
-    if tensor.is_meta:
+    if tensor.is_meta or wrapped(tensor):
         return None
     if not tensor.is_floating_point():
         packed = packed_tensor(tensor)

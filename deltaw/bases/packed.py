@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from deltaw.bases.packing import BLOCK, pack_4bit, pack_8bit
+from deltaw.core import packed as core
 from deltaw.errors import Fault, MissingDependencyError
 
 Kind = Literal["nf4", "fp4", "int8"]
@@ -57,13 +59,15 @@ class Packed:
     parts: Mapping[str, Tensor]
 
     def values(self) -> Tensor:
-        """The weight as its layer computes with it, in float32."""
-        functional = _functional(self.packing.kind)
+        """The weight in float32, to bitsandbytes' bits."""
         codes = self.parts[WEIGHT]
-        if self.packing.kind == "int8":
+        if self.packing.kind == "int8":  # training multiplies the scales first, which rounds otherwise
+            functional = _functional(self.packing.kind)
             return torch.Tensor(functional.int8_vectorwise_dequant(codes, self.parts[SCALES])).float()
+        rows, columns = self.packing.shape
         # A state moves its tensors when it is asked to, so it gets a mapping of its own.
-        return torch.Tensor(functional.dequantize_4bit(codes, self.state())).float()
+        state = self.state()
+        return core.Packed(self.packing.kind, codes, (rows, columns), state.absmax, state).dense(torch.float32)
 
     def state(self) -> Any:
         """bitsandbytes' own `QuantState` of a 4-bit weight."""
@@ -113,16 +117,19 @@ def read_state(blob: bytes) -> dict[str, Any]:
 
 
 def pack(values: Tensor, packing: Packing) -> Packed:
-    """These values, of the packing's shape, packed in its way."""
+    """These values, of the packing's shape, packed in its way: as loading packs, or by bitsandbytes where it cannot."""
     functional = _functional(packing.kind)
     assert tuple(values.shape) == packing.shape
     if packing.kind == "int8":
-        codes, scales, _ = functional.int8_vectorwise_quant(values.contiguous().half())
+        codes, scales = pack_8bit(values)
         layout = torch.tensor(0, dtype=torch.uint8)  # row by row, the one layout that is written
         return Packed(packing, {WEIGHT: codes, SCALES: scales, FORMAT: layout})
-    codes, state = functional.quantize_4bit(values.contiguous().float(), blocksize=packing.block,
-                                            compress_statistics=packing.double, quant_type=packing.kind,
-                                            quant_storage=packing.storage)
+    if packing.block == BLOCK and packing.storage == torch.uint8 and values.numel() % BLOCK == 0:
+        codes, state = pack_4bit(values.float(), packing.kind, double_quant=packing.double)
+    else:
+        codes, state = functional.quantize_4bit(values.contiguous().float(), blocksize=packing.block,
+                                                compress_statistics=packing.double, quant_type=packing.kind,
+                                                quant_storage=packing.storage)
     state.dtype = packing.dtype
     return Packed(packing, {WEIGHT: codes} | {f"weight.{k}": part for k, part in state.as_dict(packed=True).items()})
 

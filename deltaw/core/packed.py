@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deltaw.core import unpacking_gpu
 
@@ -61,13 +62,18 @@ class Packed:
     """bitsandbytes' QuantState of a 4-bit weight."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All of W in new memory."""
+        """All of W in new memory: 4-bit numbers rounded to the format that they were packed from, then to `dtype`."""
         if self.kind == "int8":
             return self.codes.to(dtype).mul_(self.absmax.unsqueeze(1).mul(1.0 / 127.0))
         if self.codes.is_cuda:
             W_OI = unpacking_gpu.unpacked(self.codes, self.state, dtype)
             if W_OI is not None:
                 return W_OI
+        elif self.state.dtype != dtype and self._writer(self.state.dtype) is not None:
+            W_OI = torch.empty(self.shape, dtype=dtype)
+            for rows, strip_RI in self.strips(self.state.dtype, Workspace()):  # no second W in that format
+                W_OI[rows] = strip_RI
+            return W_OI
         from bitsandbytes.functional import dequantize_4bit
 
         W: Tensor = dequantize_4bit(self.codes, self.state)
@@ -85,7 +91,7 @@ class Packed:
     def strips(self, dtype: torch.dtype, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
         """W's rows in turn, each strip with the slice that it is of W; it is overwritten by the next one."""
         count, columns = self.shape
-        write = self._writer(dtype) if self.codes.device.type == "cpu" else None
+        write = self._writer(dtype)
         if write is None:
             yield slice(0, count), self.dense(dtype)
             return
@@ -103,6 +109,8 @@ class Packed:
 
     def _writer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], None] | None:
         """What writes some rows of W into a tensor, or None where only bitsandbytes' own function knows how."""
+        if self.codes.device.type != "cpu":
+            return None
         columns = self.shape[1]
         if self.kind == "int8":
             scale_O = self.absmax.mul(1.0 / 127.0).unsqueeze(1)
@@ -155,6 +163,15 @@ def numbers_in(parameter: Tensor) -> int:
     """How many numbers a parameter stands for, packed or not."""
     packed = packed_tensor(parameter)
     return parameter.numel() if packed is None else math.prod(packed.shape)
+
+
+def wrapped(weight: Tensor) -> bool:
+    """Whether this is another library's tensor around codes, such as torchao's: it has the dtype of its values."""
+    if not is_traceable_wrapper_subclass(weight):
+        return False
+    from torch.distributed.tensor import DTensor  # heavy, and needed for such tensors alone
+
+    return not isinstance(weight, DTensor)  # which wraps plain numbers
 
 
 def _packed_8bit(weight: Tensor, scales: Tensor | None) -> Packed | None:

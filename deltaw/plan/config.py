@@ -51,6 +51,8 @@ class PlanConfig:
     """Lay a batch's examples end to end instead of padding them, where the base lets it."""
     gradient_checkpointing: Literal["off", "layer", "attention"] = "off"
     """Compute activations twice: those of each layer, or of its attention only."""
+    release_memory: bool = False
+    """Give freed memory back to the system after each step (on a CPU): a little less at the peak, slower steps."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW with float32 state, or with 8-bit state."""
     dtype: str = "auto"
@@ -152,6 +154,7 @@ def _faults(config: PlanConfig) -> list[Fault]:
     for name in ("rows", "max_steps", "threads", "resident"):
         value = getattr(config, name)
         check(value is None or _whole(value), name, "a whole number >= 1, or nothing")
+    check(isinstance(config.release_memory, bool), "release_memory", "true or false")
     share: Any = config.supervised
     check(isinstance(share, (int, float)) and 0 < share <= 1, "supervised", "0 < share <= 1")
     check(isinstance(config.epochs, (int, float)) and 0 < config.epochs < math.inf, "epochs", "a number above 0")

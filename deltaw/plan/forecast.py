@@ -24,7 +24,15 @@ from deltaw.plan.devices import Device
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.step import Steps
-from deltaw.plan.timing import FAULTS, optimizer_seconds, seconds_elsewhere, seconds_here, step_work, unpacking_seconds
+from deltaw.plan.timing import (
+    FAULTS,
+    TRIMMED,
+    optimizer_seconds,
+    seconds_elsewhere,
+    seconds_here,
+    step_work,
+    unpacking_seconds,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +231,19 @@ class Forecast:
         work = step_work(step.work, sizes, config, config.batch_size, config.max_length)
         if setting.rates is not None:
             pass_ = seconds_here(work, setting.rates, setting.item)
-            pass_ *= FAULTS if config.gradient_checkpointing != "off" and not setting.gpu else 1.0
+            pass_ *= _touching_again(config) if not setting.gpu else 1.0
         else:
             pass_ = seconds_elsewhere(work, setting.device, _NAMES[setting.dtype])
         if self.method == "qlora" and config.quantize != "none":
             pass_ += unpacking_seconds(sizes, config, setting.item, setting.device, setting.rates)
         return config.grad_accumulation * pass_ + optimizer_seconds(sizes, setting.device, setting.rates)
+
+
+def _touching_again(config: PlanConfig) -> float:
+    """How much longer a pass takes on a CPU whose memory is new again and again."""
+    if config.gradient_checkpointing != "off":
+        return FAULTS
+    return TRIMMED if config.release_memory else 1.0
 
 
 _NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

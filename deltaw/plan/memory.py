@@ -37,6 +37,8 @@ host's memory is not counted against the card."""
 RETAINED_CPU, RETAINED_GPU = 0.19, 0.05
 """Share of what comes and goes that an allocator holds on top: heap fragments, rounded blocks. A CPU's gives large
 tensors back at once under gradient checkpointing, and then holds no more than a GPU's."""
+RETAINED_RELEASED = 0.15
+"""The CPU's share where memory is given back after each step: what a single step makes of the heap stays."""
 COPIES = 2
 """Times that a checkpoint is in memory while it is written: each tensor as bytes, and the file that they make."""
 BITS = {"nf4": 4 + 0.127, "fp4": 4 + 0.127, "int8": 8.0}
@@ -150,8 +152,9 @@ def training(sizes: Sizes, config: PlanConfig, method: Method, item: int, framew
         (kept + over, 0.0, z), (over, gradients, z)]
     activations, grown, z = max(moments, key=sum)
     parts |= {"gradients": max(grown, gradients if not sizes.inside else 0.0), "activations": activations, "logits": z}
-    retained = RETAINED_GPU * (activations + grown) if gives_back else HOLES_CPU + RETAINED_CPU * (activations + grown)
-    return Memory(parts | {"allocator": retained})
+    share = RETAINED_GPU if gives_back else RETAINED_RELEASED if config.release_memory else RETAINED_CPU
+    retained = share * (activations + grown)
+    return Memory(parts | {"allocator": retained if gives_back else HOLES_CPU + retained})
 
 
 def evaluation(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, forward: float,

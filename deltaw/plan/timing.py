@@ -27,6 +27,8 @@ _AROUND = 2.5
 """What an operation takes with the Python around it in a network, in starts of one in a chain."""
 FAULTS = 1.15
 """Under gradient checkpointing large tensors are new memory each time (`deltaw.train.memory.release_at_once`)."""
+TRIMMED = 1.09
+"""With `release_memory` the pages of a step are new ones in the next (`deltaw.train.memory.give_back`)."""
 _GPU_START = 5e-6
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.bases.packed import Packed, give_back, live, pack, read_packed, take_over
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating, parameter_owner, replace_parameter
+from deltaw.core.packed import wrapped
 from deltaw.core.survival import SiteChange, change_of, survival, worst
 from deltaw.errors import ConfigError, Fault, StateError
 from deltaw.inject import Hosts
@@ -169,6 +170,9 @@ def _clashes(hosts: Hosts, mix: Mapping[str, float], rest: Mapping[str, float]) 
 
 
 def _cannot_merge(host: str, base: Tensor, slots: list[tuple[Slot, float]]) -> Fault | None:
+    if wrapped(base):
+        return Fault(f"'{host}'", f"its weight is quantized ({type(base).__name__})", "a floating-point weight",
+                     "Keep the adapter beside it, or merge into the base as it was before quantization")
     if not floating(base):
         return Fault(f"'{host}'", f"its weight is quantized ({base.dtype})", "a floating-point weight",
                      "Keep the adapter beside it; into='requantized' rounds the sum back to what the weight is packed "

@@ -177,6 +177,19 @@ def test_under_checkpointing_freed_memory_is_not_counted_beside_logits() -> None
     assert total("layer") < total("off") - 3e6
 
 
+def test_memory_that_is_given_back_is_counted_on_a_processor_alone() -> None:
+    def parts(gpu: bool, **options: Any) -> dict[str, float]:
+        config = replace(SMALL, **options)
+        return dict(training(SIZES, config, "lora", 4, 0.0, kept=1e8, over=1e8, batch=8, length=512, gpu=gpu).parts)
+
+    kept, released = parts(False), parts(False, release_memory=True)
+    grown = kept["activations"] + kept["gradients"]
+    assert kept["allocator"] - released["allocator"] == pytest.approx((0.19 - 0.15) * grown, rel=1e-4)
+    assert {**kept, "allocator": 0} == {**released, "allocator": 0}
+    for gpu, options in ((True, {}), (False, {"gradient_checkpointing": "layer"})):  # given back anyway
+        assert parts(gpu, **options) == parts(gpu, release_memory=True, **options)
+
+
 def test_gpt2s_transposed_layers_are_quantized_too() -> None:
     found = plan(PlanConfig(model="gpt2", device="rtx3060", methods=("lora", "qlora"), max_length=64), search=False)
     linear = 12 * 12 * 768 * 768

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.layers.slots import LowRank, Slot, TrainedBias
+from deltaw.core.packed import wrapped
 from deltaw.core.state import Route, SwitchState
 from deltaw.errors import Fault, RoutingError
 
@@ -192,4 +193,4 @@ def replace_parameter(host: nn.Module, path: str, tensor: Tensor) -> Tensor:
 
 def floating(parameter: Tensor) -> bool:
     """Whether a weight holds plain numbers, and not packed or integer codes."""
-    return parameter.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    return parameter.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) and not wrapped(parameter)
