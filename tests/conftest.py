@@ -15,6 +15,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELI
 import errno
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import warnings
@@ -46,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
         for told in ("Attempting to run cuBLAS, but there was no current CUDA context", "inner dimension .* is not al"):
             config.addinivalue_line("filterwarnings", f"ignore:{told}")
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="deltaw-tests-hf-")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -21,13 +21,15 @@ class TrainInterrupted(KeyboardInterrupt):
 class Interrupt:
     """Within it SIGINT sets `requested` once; after that the handler from before is back.
 
-    Does nothing outside the main thread, where Python delivers no signals.
+    Does nothing outside the main thread, where Python delivers no signals, and where SIGINT is ignored: a shell starts
+    commands in the background so, and the Ctrl-C of another command is not meant for them.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._before: Any = None
-        self._ours = threading.current_thread() is threading.main_thread()
+        self._ours = (threading.current_thread() is threading.main_thread()
+                      and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
 
     def __enter__(self) -> Interrupt:
         if self._ours:

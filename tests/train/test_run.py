@@ -196,6 +196,23 @@ def test_the_second_interrupt_ends_at_once(config: Callable[..., deltaw.TrainCon
     assert not list((tmp_path / "out" / "checkpoints").glob("*"))
 
 
+def test_a_run_in_the_background_of_a_shell_goes_on(config: Callable[..., deltaw.TrainConfig],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        original = MetricsLog.step
+
+        def watched(self: MetricsLog, state: Any, **figures: float) -> None:
+            signal.raise_signal(signal.SIGINT)
+            original(self, state, **figures)
+
+        monkeypatch.setattr(MetricsLog, "step", watched)
+        deltaw.train(config(save_every=0), quiet=True)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_resuming_with_another_config_or_other_data_names_what_changed(
         config: Callable[..., deltaw.TrainConfig], tmp_path: Path, color_rows: Path) -> None:
     deltaw.train(config(), quiet=True)
