@@ -60,15 +60,10 @@ class Fastfood:
 
     def project_back(self, y: Tensor) -> Tensor:
         """Pᵀ y, (d,), of y (rows,)."""
-        blocks = len(self.signs_KN)
-        whole = self.rows // self.n  # the last block may be cut
-        y_KN, total_N = y[:whole * self.n].view(whole, self.n), y.new_zeros(self.n)
+        y_KN = F.pad(y, (0, self.signs_KN.numel() - self.rows)).view_as(self.signs_KN)  # the last block may be cut
+        total_N = y.new_zeros(self.n)
         for some in self._stretches():
-            part_KN = y_KN[some]
-            if some.stop == blocks and whole < blocks:
-                last_1N = F.pad(y[whole * self.n:], (0, blocks * self.n - self.rows))[None]
-                part_KN = torch.cat([part_KN, last_1N])
-            x_KN = walsh_hadamard(part_KN) * self.gauss_KN[some]
+            x_KN = walsh_hadamard(y_KN[some]) * self.gauss_KN[some]
             x_KN = torch.empty_like(x_KN).scatter_(1, self.order_KN[some].long(), x_KN)
             total_N += (walsh_hadamard(x_KN) * self.signs_KN[some]).sum(0)
         return total_N[:self.dimension]
