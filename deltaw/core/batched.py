@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.core.bank import Place
 from deltaw.core.kernels import Stripped, output_for, write_product
 from deltaw.core.methods import lora
-from deltaw.core.stacks import Stacks
+from deltaw.core.stacks import BankStacks, Stacks
 
 STACKED_FROM = 2
 """Neighbouring segments of equal length from which on one batched product beats a pass for each."""
@@ -44,11 +45,12 @@ class Frozen(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """One adapter's A (R, I), B (O, R) and s at one projection."""
+    """One adapter's A (R, I), B (O, R) and s at one projection; `place` where they lie in a bank."""
 
     A: Tensor
     B: Tensor
     scale: float
+    place: Place | None = None
 
 
 class Group(NamedTuple):
@@ -66,15 +68,17 @@ def grouped_linear(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group])
 
     Segments count the tokens of x in row-major order; tokens of none get the frozen product alone. Dropout is drawn for
     each segment from its own generator, once for all projections. W and b get no gradient; those of A and B come back
-    in their own dtype, and only for segments with tokens.
+    in their own dtype, and only for segments with tokens. Where all of them lie in banks, they are added there.
     """
     groups = [g for g in groups if g.stop > g.start and any(f is not None for f in g.factors)]
     keep = [None if not g.dropout else torch.empty(g.stop - g.start, x.shape[-1], dtype=torch.bool, device=x.device)
             .bernoulli_(1 - g.dropout, generator=g.generator) for g in groups]
     plan = _Plan(groups, layers)
+    # One tensor stands for all factors in banks: autograd has to be told that there is something to differentiate.
+    leaves = [torch.zeros((), requires_grad=True)] if plan.places else plan.tensors
     outputs: tuple[Tensor, ...] = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
         x, plan, *keep, *(layer.W if isinstance(layer.W, Tensor) else None for layer in layers),
-        *(layer.b for layer in layers), *plan.tensors)
+        *(layer.b for layer in layers), *leaves)
     return outputs
 
 
@@ -104,25 +108,45 @@ class _Plan:
         self.spans = [(g.start, g.stop) for g in groups]
         self.kept = [1.0 - g.dropout for g in groups]
         self.parts = [[(i, f.scale) for i, f in enumerate(g.factors) if f is not None] for g in groups]
-        self.tensors = [t for g in groups for f in g.factors if f is not None for t in (f.A, f.B)]
+        factors = [[f for f in g.factors if f is not None] for g in groups]
+        self.tensors = [t for own in factors for f in own for t in (f.A, f.B)]
         self.first = 2 + len(groups) + 2 * len(layers)
         """Where the factors begin among the node's inputs."""
         self.offsets = [0, *accumulate(2 * len(part) for part in self.parts)]
         """Where each segment's factors begin among `tensors`."""
-        self.ranks = [(max(ranks), sum(ranks)) for ranks in ([f.A.shape[0] for f in g.factors if f is not None]
-                                                             for g in groups)]
+        self.ranks = [(max(ranks), sum(ranks)) for ranks in ([f.A.shape[0] for f in own] for own in factors)]
         """The largest rank of each segment, and the sum over its projections."""
+        places = [[f.place for f in own if f.place is not None] for own in factors]
+        self.places = places if all(map(len, places)) and sum(map(len, places)) * 2 == len(self.tensors) else []
+        """Where all factors lie in banks, to which their gradients go; nothing if some lie elsewhere."""
         self.runs = list(self._runs())
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """The segments in runs that are computed at once: from the one, up to the other."""
-        first = 0
-        for s in range(1, len(self.spans)):
-            if not (self._continues(s) and self._padding(first, s + 1) <= _MOST_PADDING):
-                yield from self._run(first, s)
-                first = s
-        if self.spans:
-            yield from self._run(first, len(self.spans))
+        at, count = 0, len(self.spans)
+        for first, stop in pairwise([0, *(s for s in range(1, count) if not self._is_next_row(s)), count]):
+            if stop - first > 1 and BankStacks.fits(self.places[first]):
+                yield from self._stretch(at, first)
+                yield first, stop
+                at = stop
+        yield from self._stretch(at, len(self.spans))
+
+    def _stretch(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Runs of segments that are no neighbours in a bank, as far as little is padded."""
+        start = first
+        for s in range(first + 1, stop):
+            if not (self._continues(s) and self._padding(start, s + 1) <= _MOST_PADDING):
+                yield from self._run(start, s)
+                start = s
+        if stop > first:
+            yield from self._run(start, stop)
+
+    def _is_next_row(self, s: int) -> bool:
+        """Whether a segment's adapter lies in the row after that of the segment before it, which is as long."""
+        if not self.places or not self._continues(s):
+            return False
+        (one, *_), (other, *_) = self.places[s - 1:s + 1]
+        return one.bank is other.bank and one.row + 1 == other.row
 
     def _continues(self, s: int) -> bool:
         """Whether a segment lies right after the one before it, is as long, and neither draws dropout."""
@@ -146,7 +170,15 @@ class _Plan:
 
     def stacks(self, first: int, stop: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Stacks:
         """The factors of a run of several segments."""
+        if self._is_next_row(first + 1) and BankStacks.fits(self.places[first]):
+            return BankStacks(self.places[first:stop], self.parts[first:stop], dtype)
         return Stacks(self.parts[first:stop], self.outputs, factors, dtype)
+
+    def place(self, first: int, stop: int, found: Sequence[Tensor | None]) -> None:
+        """Add the gradients of a run where its factors lie."""
+        places = [place for part in self.places[first:stop] for place in part]
+        for place, dA, dB in zip(places, found[0::2], found[1::2], strict=False):
+            place.add(dA, dB)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -184,7 +216,7 @@ class _GroupedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        nothing: list[Tensor | None] = [None] * (plan.first + len(plan.tensors))
+        nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if all(grad is None for grad in grads):
             return tuple(nothing)
         x, *saved = ctx.saved_tensors
@@ -199,13 +231,18 @@ class _GroupedLinear(torch.autograd.Function):
                 None if dx_TI is None else dx_TI[rows]
             if stop - first > 1:  # let go of at once; a second backward pass makes them again
                 stacks = ctx.stacks.pop(first, None) or plan.stacks(first, stop, own, x.dtype)
-                found += stacks.backward(*of_run)
+                of_factors = stacks.backward(*of_run)
             else:
                 A, B = _factors(own, x.dtype)
-                found += _one_segment(*of_run, A, B, plan.parts[first], keep[first], plan.kept[first])
+                of_factors = _one_segment(*of_run, A, B, plan.parts[first], keep[first], plan.kept[first])
+            if plan.places:
+                plan.place(first, stop, of_factors)
+            else:
+                found += of_factors
         wanted = ctx.needs_input_grad[plan.first:]
-        nothing[plan.first:] = [None if grad is None or not want else grad.to(factor.dtype)
-                                for grad, want, factor in zip(found, wanted, factors, strict=True)]
+        if not plan.places:
+            nothing[plan.first:] = [None if grad is None or not want else grad.to(factor.dtype)
+                                    for grad, want, factor in zip(found, wanted, factors, strict=True)]
         nothing[0] = None if dx_TI is None else dx_TI.view(x.shape)
         return tuple(nothing)
 
@@ -257,9 +294,9 @@ def _parts(plan: _Plan, flat: Sequence[Tensor | None]) -> tuple[Any, Any, Any, A
     """Masks, all W, all b and the factors, from the node's list."""
     groups, layers = len(plan.spans), len(plan.outputs)
     edges = (0, *accumulate((groups, layers, layers)), len(flat))
-    masks, plain, b, factors = (flat[a:z] for a, z in pairwise(edges))
+    masks, plain, b, leaves = (flat[a:z] for a, z in pairwise(edges))
     W = [W_OI if packed is None else packed for W_OI, packed in zip(plain, plan.packed, strict=True)]
-    return masks, W, b, factors
+    return masks, W, b, plan.tensors if plan.places else leaves
 
 
 def _cat(A: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import nn
 from deltaw import bases, store
 from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig, SiteDelta
-from deltaw.core.layers import share, watching
+from deltaw.core.layers import Slot, share, watching
 from deltaw.core.state import Route, SwitchState
 from deltaw.core.survival import LEAST_SURVIVAL, SiteChange
 from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, near
@@ -245,8 +245,6 @@ class Switchboard:
         for parameter in self._trained_before:
             parameter.requires_grad_(True)
 
-    # -- how it is computed ------------------------------------------------------------------------------------------
-
     def share_inputs(self, forward: Callable[[], object]) -> list[tuple[str, ...]]:
         """Watch one forward, and from now on compute linear layers that get one tensor together, under training.
 
@@ -257,14 +255,16 @@ class Switchboard:
             forward()
         return [tuple(layer.site for layer in group) for group in share(runs)]
 
-    # -- their tensors -----------------------------------------------------------------------------------------------
+    def slots(self, name: str) -> Iterator[tuple[str, str, Slot]]:
+        """Host, parameter path and slot of everything that an adapter holds."""
+        self._check_known(name)
+        return self._hosts.slots(name)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The live parameters of an adapter, by site and tensor ("layers.0.q_proj.lora_A"); for an optimizer."""
-        self._check_known(name)
         places = {(t.site.host, t.site.parameter): t.site for t in self._targets[name]}
         found: dict[str, nn.Parameter] = {}
-        for host, path, slot in self._hosts.slots(name):
+        for host, path, slot in self.slots(name):
             site = places[host, path]
             for tensor, parameter in slot.named_parameters():
                 found[site.name if site.kind == "bias" else f"{site.name}.{tensor}"] = parameter

@@ -25,6 +25,7 @@ from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.memory import give_back
 from deltaw.train.objective import Objective
 from deltaw.train.optimizer import take_step
+from deltaw.train.row_adamw import gradient_norm
 from deltaw.train.state import Batch, Batches, Pace, State, Watch
 from deltaw.train.tuning import Tuning
 
@@ -71,7 +72,7 @@ class Run:
         """Take the step whose gradients are there: check, clip, update, count, watch, evaluate."""
         pace, state = self.pace, self.state
         self.doctor.check_loss(state.step + 1, losses, [batch.where for batch in drawn.batches])
-        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        total_norm = gradient_norm(self.optimizer, self.parameters)
         norm, rate = float(total_norm), pace.rate(state.step)
         self.doctor.check_gradients(state.step + 1, rate, norm)
 

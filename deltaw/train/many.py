@@ -24,7 +24,7 @@ from typing import Any
 
 from deltaw import bases
 from deltaw.errors import DeltawError, Fault, StateError, near
-from deltaw.switch import Switchboard, attach, detach
+from deltaw.switch import Banks, Switchboard, attach, detach
 from deltaw.train.announce import say
 from deltaw.train.config import TrainConfig
 from deltaw.train.cross_entropy import STRETCH_VALUES
@@ -125,6 +125,7 @@ class TrainMany:
                 self.choices = stack.enter_context(self._preparation.applied(self.record.choices))
         self.lines += self.choices.lines
         self.sharing = Sharing(self.base, self.board, packed=self.choices.packed)
+        self.banks = Banks(self.board)
         for job in todo:
             self._activate(job, examples[job.name])
         self._fit_memory()
@@ -224,7 +225,9 @@ class TrainMany:
         if not tokens:
             return False
         chosen = [self.jobs[name] for name in self.scheduler.choose(tokens)]
-        self.base.model.train()
+        self.banks.hold([job.name for job in self.jobs.values() if not job.why_apart])
+        if not self.base.model.training:
+            self.base.model.train()
         losses, seconds = gradients(self.board, chosen, self.scheduler.budget, self._failing)
         if any(job.session.pace.release_memory for job in chosen):
             give_back()

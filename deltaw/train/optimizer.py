@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import ConfigError, Fault
+from deltaw.train.row_adamw import RowAdamW
 
 _LEAST_NORM = 1e-6
 """What torch adds to a norm that it divides by."""
@@ -67,7 +68,8 @@ def adamw(parameters: Mapping[str, nn.Parameter], *, learning_rate: float, weigh
         made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(listed, lr=learning_rate, betas=betas, eps=eps)
         return made
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
-    return torch.optim.AdamW(listed, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    kind = RowAdamW if fused else torch.optim.AdamW
+    return kind(listed, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
 def _bitsandbytes() -> Any:

@@ -36,6 +36,7 @@ from deltaw.train.examples import Layout
 from deltaw.train.joint import joined
 from deltaw.train.objective import CausalLoss
 from deltaw.train.optimizer import adamw, take_step
+from deltaw.train.row_adamw import gradient_norm
 from deltaw.train.state import State
 from deltaw.train.tuning import LoraTuning
 
@@ -147,12 +148,11 @@ class Workbench:
 
     def optim_step(self, adapter: str, params: AdamParams = AdamParams()) -> float:
         """One AdamW step with the gradients so far, which are then gone; returns their length before any cut."""
-        parameters = self.board.parameters(adapter)
         optimizer = self._optimizer(adapter)
         for group in optimizer.param_groups:
             group.update(betas=params.betas, eps=params.eps)
             group["weight_decay"] = params.weight_decay if group["params"][0].ndim >= 2 else 0.0
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        norm = gradient_norm(optimizer, list(self.board.parameters(adapter).values()))
         take_step(optimizer, params.learning_rate, norm=norm, longest=params.max_grad_norm)
         self._steps[adapter] += 1
         return float(norm)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw.bases import Base
+from deltaw.core import stacks
 from deltaw.errors import ConfigError, DataError, StateError, TargetError
 from deltaw.plan import Plan, plan
 from deltaw.plan.devices import Device
@@ -136,6 +137,43 @@ def test_late_early_paused_removed(make: Make, alone: Any, tmp_path: Path) -> No
     assert result.jobs["dropped"].steps == 3
     for name in "acd":
         assert max(alone(name)) <= SAME, name
+
+
+def test_jobs_of_one_layout_are_computed_in_place_and_equal_runs_alone(
+        make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their factors lie side by side; one joins late, one ends early, one is paused, and each length occurs."""
+    counts: list[int] = []
+    plain = stacks.BankStacks.__init__
+
+    def noting(self: Any, places: Any, *args: Any) -> None:
+        counts.append(len(places))
+        plain(self, places, *args)
+
+    monkeypatch.setattr(stacks.BankStacks, "__init__", noting)
+
+    def alike(place: str) -> list[deltaw.TrainConfig]:
+        return [make(f"j{n}", place, seed=n // 2, learning_rate=1e-3 * (n + 1), max_steps=4 if n == 1 else 12,
+                     lora=deltaw.LoraConfig(r=4, lora_alpha=2 + n), loraplus_lr_ratio=4.0 if n == 2 else 1.0,
+                     batch_size=2) for n in range(4)]
+
+    *first, last = alike("many")
+    with TrainMany(first, together(tmp_path), quiet=True) as many:
+        for number in range(40):
+            match number:
+                case 3:
+                    many.add(last)
+                case 6:
+                    many.pause("j0")
+                case 8:
+                    many.resume("j0")
+            if not many.round():
+                break
+        result = many.result()
+    assert statuses(result) == dict.fromkeys(("j0", "j1", "j2", "j3"), "finished")
+    assert max(counts) >= 2
+    for config in alike("alone"):
+        deltaw.train(config, quiet=True)
+        assert max(differences(Path(config.out), tmp_path / "many" / config.name)) <= SAME, config.name
 
 
 @pytest.mark.slow

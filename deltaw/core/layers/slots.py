@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.bank import Place
 from deltaw.core.geometry import Geometry
 from deltaw.core.methods import lora, pissa
 
@@ -25,6 +26,8 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(A, requires_grad=trainable)
         self.lora_B = nn.Parameter(B, requires_grad=trainable)
         self.rest_in_base = rest_in_base
+        self.place: Place | None = None
+        """Where the factors lie in a bank, while many adapters train together."""
         for name, factor in zip(("start_A", "start_B"), start or (None, None), strict=True):
             self.register_buffer(name, factor, persistent=False)
 
@@ -32,6 +35,12 @@ class LowRank(nn.Module):
         """A and B as the layer adds them, with B spread over all outputs where only slices change."""
         A, B = (self.lora_A, self.lora_B) if self.rest_in_base else self.difference()
         return A, self.geometry.dense_out(B)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer adds the parameters as they are, which are both trained."""
+        return (self.geometry.kind == "linear" and not self.geometry.slices and self.lora_A.requires_grad
+                and self.lora_B.requires_grad and (self.rest_in_base or self.start_A is None))
 
     def difference(self) -> tuple[Tensor, Tensor]:
         """A and B of the change to the base as it was given: BA, or BA - B₀A₀ at twice the rank."""
