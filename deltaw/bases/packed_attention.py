@@ -119,7 +119,7 @@ def _side_by_side(t: Tensor, part: slice, length: int) -> Tensor:
     """A part of t (1, heads, T, ...) as (examples, heads, length, ...); a view."""
     if part.stop - part.start == length:
         return t[:, :, part]
-    return t[0, :, part].unflatten(1, (-1, length)).transpose(0, 1)
+    return t[0, :, part].view(t.shape[1], -1, length, *t.shape[3:]).transpose(0, 1)
 
 
 @torch.library.custom_op("deltaw::packed_attention", mutates_args=())

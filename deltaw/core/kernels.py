@@ -164,8 +164,9 @@ class _LowRankLinear(torch.autograd.Function):
         dB: list[Tensor | None] = [None] * count
         if any(for_A) or any(for_B):
             dropped = None if x is None else _dropped(x.reshape(-1, x.shape[-1]), keep, ctx.kept)
-            if dropped is not None and all(gradient_of_weight_is_shorter(len(dropped), *reversed(w.shape), a.shape[0])
-                                           for w, a in zip(W, A, strict=True)):
+            if dropped is not None and all(
+                    gradient_of_weight_is_shorter(len(dropped), w.shape[1], w.shape[0], a.shape[0])
+                    for w, a in zip(W, A, strict=True)):
                 dA, dB = _through_weight(dropped, g, A, B, ctx.scales)
             else:
                 dA, dB = _through_factors(dropped, g, A, B, ctx.scales, H, dH if any(for_A) else None, any(for_B))
