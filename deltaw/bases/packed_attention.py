@@ -6,8 +6,9 @@ examples have to be kept apart, here by running it over each by itself. transfor
 where examples begin, from the model's forward down to its attention function, and lets us name that function. Without
 such places it is transformers' own.
 
-The loop over examples is one opaque operation on a CPU, so that a compiled layer has no break in the middle. Only that
-path and the plain one on a CPU have been run.
+The loop over examples is one opaque operation on a CPU, so that a compiled layer has no break in the middle. Neighbours
+of one length, which lie evenly in the row, are one call of torch's kernel there: a call for each of many short ones is
+mostly overhead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -107,17 +108,31 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (back >= 0) & (back < window)
 
 
+def _of_one_length(places: Tensor) -> Iterator[tuple[slice, int]]:
+    """Parts of the row whose examples all have one length, and that length."""
+    for length, spans in groupby(pairwise(places.tolist()), lambda span: span[1] - span[0]):
+        edges = [edge for span in spans for edge in span]
+        yield slice(edges[0], edges[-1]), length
+
+
+def _side_by_side(t: Tensor, part: slice, length: int) -> Tensor:
+    """A part of t (1, heads, T, ...) as (examples, heads, length, ...); a view."""
+    if part.stop - part.start == length:
+        return t[:, :, part]
+    return t[0, :, part].view(t.shape[1], -1, length, *t.shape[3:]).transpose(0, 1)
+
+
 @torch.library.custom_op("deltaw::packed_attention", mutates_args=())
 def _packed(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output (1, T, heads, D) and log-sum-exp (1, T, heads)."""
     _, heads, tokens, width = query.shape
-    out = query.new_empty(1, tokens, heads, width)
-    lse = torch.empty(1, tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-    for a, b in pairwise(places.tolist()):
+    out = query.new_empty(tokens, heads, width)
+    lse = torch.empty(tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    for part, length in _of_one_length(places):
         o, s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], 0.0, True, scale=scale)
-        out[:, a:b], lse[:, a:b] = o.transpose(1, 2), s.transpose(1, 2)
-    return out, lse
+            *(_side_by_side(t, part, length) for t in (query, key, value)), 0.0, True, scale=scale)
+        out[part], lse[part] = o.transpose(1, 2).flatten(0, 1), s.transpose(1, 2).flatten(0, 1)
+    return out[None], lse[None]
 
 
 @_packed.register_fake
@@ -131,14 +146,15 @@ def _(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: float) -
 def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
                      places: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each laid out tokens first."""
-    grads = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)]
-    for a, b in pairwise(places.tolist()):
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, a:b].transpose(1, 2), query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
-            out[:, a:b].transpose(1, 2), lse[:, a:b].transpose(1, 2), 0.0, True, scale=scale)
-        for whole, part in zip(grads, parts, strict=True):
-            whole[:, a:b] = part.transpose(1, 2)
-    return grads[0], grads[1], grads[2]
+    dq, dk, dv = (torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format)
+                  for t in (query, key, value))
+    whole = (grad.transpose(1, 2), query, key, value, out.transpose(1, 2), lse.transpose(1, 2))
+    for part, length in _of_one_length(places):
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_side_by_side(t, part, length) for t in whole), 0.0, True, scale=scale)
+        for target, gradient in zip((dq, dk, dv), grads, strict=True):
+            target[0, part] = gradient.transpose(1, 2).flatten(0, 1)
+    return dq, dk, dv
 
 
 @_packed_backward.register_fake

@@ -13,9 +13,10 @@ Plain autograd makes a node of each product, and a tensor as large as x or y for
 A quantized W is unpacked a strip of rows at a time, in the forward and once more in the backward, into one buffer for
 all layers; each strip is multiplied while it is in the cache.
 
-x is kept once, and neither BA nor any other matrix of W's size is made, except where the rank is so high that the
-gradient of all of W is the shorter way to dA and dB (`gradient_of_weight_is_shorter`, after RunLoRA, arXiv 2312.03415).
-No gradient is computed that nobody asked for. `reference` is the same in plain operations.
+x is kept once, and not at all where every A is frozen (LoRA-FA, arXiv 2308.03303: dB needs H alone). Neither BA nor any
+other matrix of W's size is made, except where the rank is so high that the gradient of all of W is the shorter way
+to dA and dB (`gradient_of_weight_is_shorter`, after RunLoRA, arXiv 2312.03415). No gradient is computed that nobody
+asked for. `reference` is the same in plain operations.
 """
 
 from __future__ import annotations
@@ -126,9 +127,13 @@ class _LowRankLinear(torch.autograd.Function):
             y_NO.addmm_(h_NR, like_x[i].t(), alpha=scale)
             outputs.append(y)
             start += A[i].shape[0]
-        ctx.save_for_backward(x, keep, H if 4 * H.shape[1] <= x.shape[-1] else None, A_RI, *like_x,
+        for_A, for_B = any(ctx.needs_input_grad[6::4]), any(ctx.needs_input_grad[7::4])
+        keeps_H = for_B and 4 * H.shape[1] <= x.shape[-1]
+        keeps_x = for_A or (for_B and not keeps_H)
+        ctx.save_for_backward(x if keeps_x else None, keep, H if keeps_H else None, A_RI, *like_x,
                               *(None if isinstance(w, Stripped) else w for w in W), *A, *B)
         ctx.kept, ctx.scales, ctx.stripped = kept, scales, [w if isinstance(w, Stripped) else None for w in W]
+        ctx.shape = x.shape
         ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size
         return tuple(outputs)
 
@@ -141,28 +146,30 @@ class _LowRankLinear(torch.autograd.Function):
         like_x, plain, A, B = (rest[i * count:(i + 1) * count] for i in range(4))
         W = [tensor if stripped is None else stripped
              for tensor, stripped in zip(plain, ctx.stripped, strict=True)]
-        x_NI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        for_A, for_B = ctx.needs_input_grad[6::4], ctx.needs_input_grad[7::4]
         if torch.is_grad_enabled():
+            if x is None and any(for_B):
+                raise NotImplementedError("a second derivative needs the layer's input, which is not kept where A is "
+                                          "frozen: let A require a gradient")
             # Kept as values: a second derivative needs their graph.
-            H, A_RI, like_x = None, _stack(A, x.dtype), [B_OR.to(x.dtype) for B_OR in B]
-        wanted = [ctx.needs_input_grad[4 + i] for i in range(4 * count)]
-        for_A, for_B = wanted[2::4], wanted[3::4]
+            H, A_RI, like_x = None, _stack(A, A_RI.dtype), [B_OR.to(A_RI.dtype) for B_OR in B]
         dx = dH = None
         if ctx.needs_input_grad[0] or any(for_A):
-            dH = _gradient_of_H(x_NI, g, like_x, ctx.scales)
+            dH = _gradient_of_H(g, like_x, ctx.scales)
         if ctx.needs_input_grad[0]:
             assert dH is not None
-            dx = _gradient_of_x(x, keep, ctx.kept, g, W, dH, A_RI)
+            dx = _gradient_of_x(ctx.shape, keep, ctx.kept, g, W, dH, A_RI)
         dA: list[Tensor | None] = [None] * count
         dB: list[Tensor | None] = [None] * count
         if any(for_A) or any(for_B):
-            dropped = _dropped(x_NI, keep, ctx.kept)
-            if all(gradient_of_weight_is_shorter(len(x_NI), w.shape[1], w.shape[0], a.shape[0])
-                   for w, a in zip(W, A, strict=True)):
+            dropped = None if x is None else _dropped(x.reshape(-1, x.shape[-1]), keep, ctx.kept)
+            if dropped is not None and all(
+                    gradient_of_weight_is_shorter(len(dropped), w.shape[1], w.shape[0], a.shape[0])
+                    for w, a in zip(W, A, strict=True)):
                 dA, dB = _through_weight(dropped, g, A, B, ctx.scales)
             else:
-                dA, dB = _through_factors(dropped, g, A, B, ctx.scales, H, dH, any(for_B))
+                dA, dB = _through_factors(dropped, g, A, B, ctx.scales, H, dH if any(for_A) else None, any(for_B))
         flat = [t for i in range(count) for t in (None, None, dA[i] if for_A[i] else None, dB[i] if for_B[i] else None)]
         return (dx, None, None, None, *flat)
 
@@ -204,16 +211,17 @@ def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Te
         torch.addmm(b, x_NI, W.t(), out=y_NO)
 
 
-def _gradient_of_H(x_NI: Tensor, g: Sequence[Tensor | None], B: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+def _gradient_of_H(g: Sequence[Tensor | None], B: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """[sᵢ·gᵢ Bᵢ]; small launches are what a GPU waits for, so one scale of all is multiplied once."""
-    parts = [x_NI.new_zeros(len(x_NI), B_OR.shape[1]) if g_NO is None else g_NO @ B_OR
+    tokens = next(len(g_NO) for g_NO in g if g_NO is not None)
+    parts = [B_OR.new_zeros(tokens, B_OR.shape[1]) if g_NO is None else g_NO @ B_OR
              for g_NO, B_OR in zip(g, B, strict=True)]
     if len(set(scales)) > 1:
         return torch.cat([part.mul_(scale) for part, scale in zip(parts, scales, strict=True)], 1)
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(scales[0])
 
 
-def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tensor | None],
+def _gradient_of_x(shape: torch.Size, keep: Tensor | None, kept: float, g: Sequence[Tensor | None],
                    W: Sequence[Tensor | Stripped], dH: Tensor, A: Tensor) -> Tensor:
     dx_NI: Tensor | None = None
     if keep is not None:
@@ -226,23 +234,25 @@ def _gradient_of_x(x: Tensor, keep: Tensor | None, kept: float, g: Sequence[Tens
         else:
             dx_NI = g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
     assert dx_NI is not None  # one of the outputs has a gradient
-    return (dx_NI if keep is not None else dx_NI.addmm_(dH, A)).view(x.shape)
+    return (dx_NI if keep is not None else dx_NI.addmm_(dH, A)).view(shape)
 
 
-def _through_factors(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tensor], B: Sequence[Tensor],
+def _through_factors(x_NI: Tensor | None, g: Sequence[Tensor | None], A: Sequence[Tensor], B: Sequence[Tensor],
                      scales: Sequence[float], H: Tensor | None, dH: Tensor | None,
                      for_B: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """dA = dHᵀ x and dB = s·gᵀ H."""
+    """dA = dHᵀ x, where dH is given, and dB = s·gᵀ H; x is None where neither needs it."""
     ranks = [A_RI.shape[0] for A_RI in A]
     dA: list[Tensor | None] = [None] * len(A)
     dB: list[Tensor | None] = [None] * len(A)
     if dH is not None:
+        assert x_NI is not None  # it was kept for A
         joint = dH.t() @ x_NI
         if len({A_RI.dtype for A_RI in A}) == 1:
             joint = joint.to(A[0].dtype)  # all parts at once
         dA = [part.to(A_RI.dtype) for part, A_RI in zip(torch.split(joint, ranks), A, strict=True)]
     if for_B:
         if H is None:
+            assert x_NI is not None  # it was kept instead of H
             H = x_NI @ _stack(A, x_NI.dtype).t()
         dB = [None if g_NO is None else (g_NO.t() @ h_NR).mul_(scale).to(B_OR.dtype)
               for g_NO, h_NR, scale, B_OR in zip(g, torch.split(H, ranks, 1), scales, B, strict=True)]

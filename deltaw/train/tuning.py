@@ -75,10 +75,15 @@ class LoraTuning:
     file_names = (CONFIG_FILE, TENSORS_FILE, RECORD_FILE)
 
     def __init__(self, board: Switchboard, name: str = "default", *, freeze_a: bool = False) -> None:
-        """With `freeze_a` every A stays as it was drawn and only the rest is trained (LoRA-FA, Zhang et al. 2023)."""
-        self.board, self.name, self.freeze_a = board, name, freeze_a
+        """With `freeze_a` every A stays as it was drawn and only the rest is trained (LoRA-FA, Zhang et al. 2023).
+
+        An embedding's A is trained all the same: it starts at zero, and B would never get a gradient.
+        """
+        self.board, self.name = board, name
+        self._frozen = {f"{t.site.name}.lora_A" for t in board.table(name)
+                        if freeze_a and t.site.geometry.kind != "embedding"}
         for name_, parameter in board.parameters(name).items():
-            if freeze_a and name_.endswith(".lora_A"):
+            if name_ in self._frozen:
                 parameter.requires_grad_(False)
 
     @property
@@ -88,8 +93,7 @@ class LoraTuning:
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The adapter's trained tensors, "<site>.lora_A" and so on."""
-        return {name: p for name, p in self.board.parameters(self.name).items()
-                if not (self.freeze_a and name.endswith(".lora_A"))}
+        return {name: p for name, p in self.board.parameters(self.name).items() if name not in self._frozen}
 
     def note(self, **facts: Any) -> None:
         """Record facts in the adapter's `deltaw.json`."""

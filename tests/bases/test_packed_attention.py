@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -106,6 +107,29 @@ def test_the_attention_itself_against_softmax_in_float64(heads: int, kv: int, op
     for mine, true in zip(torch.autograd.grad(out, [q, k, v], gradient),
                           torch.autograd.grad(expected, [q, k, v], gradient.double()), strict=True):
         torch.testing.assert_close(mine.double(), true.double(), rtol=1e-4, atol=1e-5)
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """The output of a packed row, tokens first, and the gradients of its sum of squares."""
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    places = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    out, _ = attend(torch.nn.Module(), *leaves, None, cu_seq_lens_q=places)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize(("lengths", "calls"), [([3, 3, 5, 5, 5, 2], 3), ([4] * 6, 1), ([3, 4, 3], 3)], ids=str)
+def test_neighbours_of_one_length_are_one_call_and_keep_their_bits(lengths: list[int], calls: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(1, sum(lengths), n, 8, generator=generator).transpose(1, 2) for n in (6, 2, 2)]
+    with torch.profiler.profile() as profile:
+        together = attended(*whole, lengths)
+    names = [event.name for event in profile.events()]
+    for operation in ("", "_backward"):
+        assert names.count(f"aten::_scaled_dot_product_flash_attention_for_cpu{operation}") == calls
+    apart = [attended(*(t[:, :, stop - n:stop] for t in whole), [n])
+             for n, stop in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    for mine, parts, dim in zip(together, zip(*apart, strict=True), (1, 2, 2, 2), strict=True):
+        assert torch.equal(mine, torch.cat(parts, dim))
 
 
 def test_the_operation_is_sound_for_the_compiler() -> None:

@@ -138,16 +138,57 @@ def test_dropout_drops_the_input_of_the_change_alone() -> None:
         assert far(got, true) < 1e-5
 
 
-def test_it_keeps_the_input_and_nothing_else_of_its_size() -> None:
+def kept_of_its_size(x: Tensor, parts: Sequence[Projection]) -> list[int]:
+    """Addresses of the tensors as large as x that the layer keeps for its backward pass."""
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    parts = projections([64, 64, 96], inputs=64, rank=2)
-    x = randn(500, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         low_rank_linear(x, parts)
-    large = [t for t in kept if t.numel() >= 500 * 64]
-    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+    return [t.data_ptr() for t in kept if t.numel() >= x.numel()]
+
+
+def test_it_keeps_the_input_and_nothing_else_of_its_size() -> None:
+    parts = projections([64, 64, 96], inputs=64, rank=2)
+    x = randn(500, 64, requires_grad=True)
+    assert kept_of_its_size(x, parts) == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_with_frozen_A_the_input_is_not_kept_and_its_product_for_dA_not_made(dropout: float) -> None:
+    parts = projections([64, 96], inputs=64, rank=2)
+    for part in parts:
+        part.A.requires_grad_(False)
+    x = randn(500, 64, requires_grad=True)
+    assert kept_of_its_size(x, parts) == []
+    torch.manual_seed(1)
+    fused = low_rank_linear(x, parts, dropout)
+    torch.manual_seed(1)
+    keep = torch.ones_like(x) if not dropout else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+    plain = [x @ p.W.t() + p.scale * (x * keep / (1 - dropout)) @ p.A.t() @ p.B.t() for p in parts]
+    wanted, ones = [x, *(p.B for p in parts)], [torch.ones_like(y) for y in plain]
+    with torch.profiler.profile() as profile:
+        mine = torch.autograd.grad(fused, wanted, ones)
+    # dH of each part, g W of the first, and dB of each; then onto dx: g W of the second, and dH A.
+    products = [event.name for event in profile.events() if event.name in ("aten::mm", "aten::addmm_")]
+    assert len(products) <= 2 + 1 + 2 + 2
+    for got, expected in zip(mine, torch.autograd.grad(plain, wanted, ones), strict=True):
+        assert far(got, expected) < 1e-5
+
+
+def test_a_second_derivative_with_frozen_A_is_refused_and_not_wrong() -> None:
+    part, = projections([5], inputs=12, rank=2)
+    part.A.requires_grad_(False)
+    x = randn(6, 12, requires_grad=True)
+    y, = low_rank_linear(x, [part])
+    with pytest.raises(NotImplementedError, match="let A require a gradient"):
+        torch.autograd.grad(y.sin().sum(), [part.B], create_graph=True)
+    y, = low_rank_linear(x, [part._replace(B=part.B.detach())])  # no adapter is trained, only what lies before it
+    dx, = torch.autograd.grad(y.sin().sum(), [x], create_graph=True)
+    mine, = torch.autograd.grad(dx.square().sum(), [x])
+    plain, = reference(x, [part._replace(B=part.B.detach())])
+    dx, = torch.autograd.grad(plain.sin().sum(), [x], create_graph=True)
+    assert far(mine, torch.autograd.grad(dx.square().sum(), [x])[0]) < 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import deltaw
+from deltaw.bases import load_base
 from deltaw.core.layers import AdaptedLinear
 from deltaw.data import cache
 from deltaw.train import compile as compiling
 from deltaw.train import objective, prepare
+from deltaw.train.memory import recompute_activations
 from deltaw.train.prepare import Choices
 
 
@@ -193,6 +195,33 @@ def test_compiled_layers_learn_the_same(options: dict[str, Any], backend: str, t
     assert compiled.after["loss"] == pytest.approx(plain.after["loss"], rel=1e-4)
     again = deltaw.train(config(out=str(tmp_path / "again"), compile="on", **options), quiet=True)
     assert again.after == compiled.after
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dropout_in_packed_layers_that_are_compiled_and_computed_again(tiny_llama: Any, tokenizer: Any,
+                                                                       tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
+               num_hidden_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.randint(4, len(tokenizer), (3, 9), generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    found = []
+    for again in (False, True):  # were the second forward to draw other units, the gradients would differ
+        model = load_base(str(tmp_path), dtype="fp32", quantize="nf4").model.train()
+        lora = deltaw.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)
+        board = deltaw.attach(model, lora, seed=0)
+        with ExitStack() as stack:
+            if again:
+                recompute_activations(model)
+                stack.enter_context(compiling.compiled_layers(model, "aot_eager"))
+            torch.manual_seed(5)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in board.parameters("default").items()})
+    for name, gradient in found[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
 
 
 @pytest.mark.slow
