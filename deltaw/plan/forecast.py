@@ -209,7 +209,7 @@ class Forecast:
         if at.adapters != config.adapters:
             config = replace(config, adapters=at.adapters)
         if phase == "merge":
-            return memory.merging(sizes, memory.FRAMEWORK_CPU)
+            return memory.merging(sizes, item)
         if phase == "load":
             return memory.loading(sizes, config, self.method, item, framework, gpu=setting.gpu)
         if phase == "save":

@@ -27,6 +27,8 @@ STRETCH_VALUES = 1 << 24
 """Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
 FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
+FRAMEWORK_MERGE = 400 << 20
+"""The same of `deltaw merge`, which reads no data and takes no step."""
 LIBRARY_CPU = 60 << 20
 """bitsandbytes and what it imports."""
 HOLES_CPU = 50 << 20
@@ -186,10 +188,10 @@ def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framewor
     return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": file})
 
 
-def merging(sizes: Sizes, framework: float) -> Memory:
-    """`deltaw merge`: tensor by tensor; one in its format and in float32, its change, and the adapter."""
-    one = sizes.largest_tensor * (2 + 4 + 4)
-    return Memory({"framework": framework, "weights": float(one), "adapters": 4.0 * sizes.trained})
+def merging(sizes: Sizes, item: int) -> Memory:
+    """`deltaw merge`: tensor by tensor; one that is copied, or a layer as stored, in float32 and its change."""
+    one = max(sizes.largest_tensor * item, sizes.largest * (item + 4 + 4))
+    return Memory({"framework": float(FRAMEWORK_MERGE), "weights": float(one), "adapters": 4.0 * sizes.trained})
 
 
 def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:

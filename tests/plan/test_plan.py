@@ -210,6 +210,8 @@ def test_every_adapters_update_takes_time_and_a_lighter_batch_takes_less(small: 
 def test_only_a_low_rank_change_is_merged() -> None:
     found = plan(replace(SMALL, methods=("full", "adapter-h", "lora", "qlora")), search=False)
     assert [m.method for m in found.methods if "merge" in m.memory] == ["lora", "qlora"]
+    parts = found["lora"].memory["merge"].parts  # SmolLM2's embedding is copied; its layers are smaller
+    assert (parts["weights"], parts["adapters"]) == (49152 * 576 * 2, 4 * 2_442_240)
 
 
 def test_full_fine_tuning_is_told_of_the_smallest_that_fits() -> None:
