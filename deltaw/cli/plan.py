@@ -29,7 +29,7 @@ mistral-7b, smollm2-135m, bert-base|large, roberta-base|large, deberta-v2-xxlarg
 def parser() -> Parser:
     """The options: those of `PlanConfig` and `LoraConfig`."""
     made = Parser("plan", VERBS["plan"], usage="plan --model MODEL [OPTIONS]", epilog=EPILOG)
-    add_options(made, PlanConfig, "The run", skip=("lora", "resident"),
+    add_options(made, PlanConfig, "The run", skip=("lora", "mean_tokens", "updates", "resident"),
                 metavars={"model": "MODEL", "methods": "NAME,...", "device": "NAME", "memory": "SIZE",
                           "dtype": "bf16|fp16|fp32|auto"})
     add_options(made, LoraConfig, "The adapter")

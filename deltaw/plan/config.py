@@ -59,6 +59,8 @@ class PlanConfig:
     """Number format of the base: bf16, fp16, fp32, or auto (bf16 on a GPU and where the processor is fast at it)."""
     quantize: Literal["none", "nf4", "fp4", "int8"] = "nf4"
     """Format of the frozen base of qlora."""
+    double_quant: bool = True
+    """For nf4 and fp4: pack the scales of the blocks too (4.13 instead of 4.5 bits a number)."""
     adapters: int = 1
     """Adapters that are trained, or kept ready, over one base."""
     rows: int | None = None
@@ -76,6 +78,10 @@ class PlanConfig:
     """Memory that there is, such as 14GB; by default that of the device."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
+    mean_tokens: float | None = None
+    """Tokens of a forward pass on average, for its time; by default batch_size x max_length."""
+    updates: float | None = None
+    """Adapters that are updated in a step on average, for its time; by default all of them."""
     resident: int | None = None
     """Bytes that the process holds before a weight is loaded; by default what libraries are known to take."""
 
@@ -154,7 +160,11 @@ def _faults(config: PlanConfig) -> list[Fault]:
     for name in ("rows", "max_steps", "threads", "resident"):
         value = getattr(config, name)
         check(value is None or _whole(value), name, "a whole number >= 1, or nothing")
-    check(isinstance(config.release_memory, bool), "release_memory", "true or false")
+    for name in ("release_memory", "double_quant"):
+        check(isinstance(getattr(config, name), bool), name, "true or false")
+    for name in ("mean_tokens", "updates"):
+        value = getattr(config, name)
+        check(value is None or 0 < value < math.inf, name, "a number above 0, or nothing")
     share: Any = config.supervised
     check(isinstance(share, (int, float)) and 0 < share <= 1, "supervised", "0 < share <= 1")
     check(isinstance(config.epochs, (int, float)) and 0 < config.epochs < math.inf, "epochs", "a number above 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from deltaw.plan.config import PlanConfig
+from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.forecast import At, Forecast, Setting
 
 _MOST = 1 << 20
@@ -20,7 +20,8 @@ def largest(forecast: Forecast) -> dict[str, int]:
         ways["rank"] = lambda n: replace(at, rank=n)
     if forecast.method != "full":
         ways["adapters"] = lambda n: replace(at, adapters=n)
-    most = {"rank": max((t.site.geometry.max_rank for t in forecast.setting.targets if t.rank), default=1)
+    most = {"max_length": forecast.setting.shapes.positions or _MOST,
+            "rank": max((t.site.geometry.max_rank for t in forecast.setting.targets if t.rank), default=1)
             if "rank" in ways else 1}
     return {name: last(lambda n, way=way: forecast.worst(way(n))[1].total <= limit,  # type: ignore[misc]
                        most.get(name, _MOST)) for name, way in ways.items()}
@@ -59,27 +60,30 @@ def changes(forecast: Forecast) -> Iterator[tuple[str, Forecast, At]]:
     """Ways to need less, from one that costs nothing to one that changes what is learned; each with where it is."""
     config, setting, at = forecast.setting.config, forecast.setting, forecast.asked
     recomputing = _with(setting, replace(config, gradient_checkpointing="layer"))
-    one = replace(at, batch=1)
+    again, last_resort = Forecast(recomputing, forecast.method), "batch_size 1 and gradient_checkpointing layer"
     if forecast.peak("load").total <= setting.device.memory:
-        batch = last(lambda n: forecast.worst(replace(at, batch=n))[1].total <= setting.device.memory,
-                     config.batch_size)
-        if batch:
-            times = -(-config.batch_size // batch)
-            yield (f"batch_size {batch} with grad_accumulation {config.grad_accumulation * times}: the same result",
-                   forecast, replace(at, batch=batch))
+        yield from _smaller_batches(forecast, "")
         if config.gradient_checkpointing != "layer":
-            again = Forecast(recomputing, forecast.method)
             yield "gradient_checkpointing layer: a step computes a third more", again, at
-            yield "batch_size 1 and gradient_checkpointing layer", again, one
-    if forecast.method == "lora":
-        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora"), at
-        yield ("a base in 4 bits (qlora), batch_size 1 and gradient_checkpointing layer",
-               Forecast(recomputing, "qlora"), one)
-    if forecast.method == "full":
-        yield "lora", Forecast(setting, "lora"), at
-        yield "a base in 4 bits (qlora)", Forecast(setting, "qlora"), at
+            yield from _smaller_batches(again, " and gradient_checkpointing layer")
+    others: tuple[Method, ...] = ("qlora",) if forecast.method == "lora" else ("lora", "qlora")
+    for method in others if forecast.method != "qlora" and setting.packed is None else ():
+        name = {"lora": "lora", "qlora": "a base in 4 bits (qlora)"}[method]
+        yield name, Forecast(setting, method), at
+        yield f"{name}, {last_resort}", Forecast(recomputing, method), replace(at, batch=1)
     if config.max_length > 128:
-        yield "max_length 128: longer examples are cut", forecast, replace(one, length=128)
+        yield "batch_size 1 and max_length 128: longer examples are cut", forecast, replace(at, batch=1, length=128)
+
+
+def _smaller_batches(forecast: Forecast, beside: str) -> Iterator[tuple[str, Forecast, At]]:
+    """The largest batch that fits, and as many more passes in each step."""
+    config, at, limit = forecast.setting.config, forecast.asked, forecast.setting.device.memory
+    batch = last(lambda n: forecast.worst(replace(at, batch=n))[1].total <= limit, config.batch_size)
+    if batch:
+        passes = config.grad_accumulation * -(-config.batch_size // batch)
+        same = ": the same result" if not beside else ""
+        yield (f"batch_size {batch} with grad_accumulation {passes}{beside}{same}", forecast,
+               replace(at, batch=batch))
 
 
 def _with(setting: Setting, config: PlanConfig) -> Setting:

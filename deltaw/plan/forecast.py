@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from deltaw.bases.heads import head_modules
-from deltaw.bases.quantize import linear_layers
+from deltaw.bases.quantize import linear_layers, stored_quantization
 from deltaw.inject import Target
 from deltaw.plan import counts, memory
 from deltaw.plan.calibrate import Rates
@@ -106,6 +106,21 @@ class Setting:
         return [layer.weight.numel() for name, layer in linear_layers(model).items() if layer is not output
                 and not any(name == head or name.startswith(head + ".") for head in heads)] or [0]
 
+    @cached_property
+    def packed(self) -> float | None:
+        """Bytes of the linear layers where the base's files hold them quantized: all that is not a plain number."""
+        if stored_quantization(self.shapes.config) is None:
+            return None
+        stated = self.shapes.config.dtype
+        plain = (2 if stated is None else stated.itemsize) * (self.values - sum(self.linears))
+        return float(max(0, self.shapes.stored_bytes - plain))
+
+    @property
+    def held(self) -> int:
+        """Bytes of the base as it is before a way of tuning packs it."""
+        plain = 0 if self.packed is None else sum(self.linears) * self.item
+        return round(self.weights - plain + (self.packed or 0.0))
+
 
 class Forecast:
     """One way of tuning in a setting."""
@@ -118,8 +133,8 @@ class Forecast:
     def framework(self) -> float:
         """What is held before a weight is."""
         setting, config = self.setting, self.setting.config
-        quantized = self.method == "qlora" and config.quantize != "none"
-        here = memory.FRAMEWORK_CPU + (memory.LIBRARY_CPU if quantized else 0)
+        packed = memory.packed_bytes(self.sizes(config.lora.r), config, self.method)
+        here = memory.FRAMEWORK_CPU + (memory.LIBRARY_CPU if packed is not None else 0)
         return float(config.resident or (memory.FRAMEWORK_GPU if setting.gpu else here))
 
     def trained(self, rank: int) -> int:
@@ -131,7 +146,7 @@ class Forecast:
                 return sum(t.site.geometry.count(t.rank * rank // config.lora.r if t.rank else 0)
                            for t in setting.targets)
             case "full":
-                return setting.values
+                return setting.values if setting.packed is None else 0
             case "bitfit":
                 return setting.biases
             case "preembed":
@@ -161,7 +176,7 @@ class Forecast:
             largest_tensor=setting.largest_tensor, vocabulary=vocabulary, width=width,
             trained=self.trained(rank), trained_width=setting.item if inside else 4, inside=inside,
             trained_head=vocabulary * width if self.method == "full" and config.task == "causal-lm" else 0,
-            stored=shapes.stored_bytes, recast=shapes.stored_dtype not in (None, setting.dtype))
+            packed=setting.packed, stored=shapes.stored_bytes, recast=shapes.stored_dtype not in (None, setting.dtype))
 
     def kept(self, at: At) -> float:
         """Bytes of activations when the forward is done."""
@@ -194,7 +209,7 @@ class Forecast:
         if at.adapters != config.adapters:
             config = replace(config, adapters=at.adapters)
         if phase == "merge":
-            return memory.merging(sizes, memory.FRAMEWORK_CPU)
+            return memory.merging(sizes, item)
         if phase == "load":
             return memory.loading(sizes, config, self.method, item, framework, gpu=setting.gpu)
         if phase == "save":
@@ -222,7 +237,7 @@ class Forecast:
         return At(config.batch_size, config.max_length, config.lora.r, config.adapters)
 
     def step_seconds(self) -> float | None:
-        """Seconds of an optimizer step; None where this machine was not measured."""
+        """Seconds of an optimizer step, an average one; None where this machine was not measured."""
         setting, config = self.setting, self.setting.config
         if setting.device.here and setting.rates is None:
             return None
@@ -234,9 +249,12 @@ class Forecast:
             pass_ *= _touching_again(config) if not setting.gpu else 1.0
         else:
             pass_ = seconds_elsewhere(work, setting.device, _NAMES[setting.dtype])
-        if self.method == "qlora" and config.quantize != "none":
-            pass_ += unpacking_seconds(sizes, config, setting.item, setting.device, setting.rates)
-        return config.grad_accumulation * pass_ + optimizer_seconds(sizes, setting.device, setting.rates)
+        pass_ *= (config.mean_tokens or config.tokens) / config.tokens
+        packed = memory.packed_bytes(sizes, config, self.method)
+        if packed is not None:
+            pass_ += unpacking_seconds(sizes, packed, config, setting.item, setting.device, setting.rates)
+        updates = config.updates or config.adapters
+        return config.grad_accumulation * pass_ + updates * optimizer_seconds(sizes, setting.device, setting.rates)
 
 
 def _touching_again(config: PlanConfig) -> float:

@@ -27,6 +27,8 @@ STRETCH_VALUES = 1 << 24
 """Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
 FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
+FRAMEWORK_MERGE = 400 << 20
+"""The same of `deltaw merge`, which reads no data and takes no step."""
 LIBRARY_CPU = 60 << 20
 """bitsandbytes and what it imports."""
 HOLES_CPU = 50 << 20
@@ -41,8 +43,10 @@ RETAINED_RELEASED = 0.15
 """The CPU's share where memory is given back after each step: what a single step makes of the heap stays."""
 COPIES = 2
 """Times that a checkpoint is in memory while it is written: each tensor as bytes, and the file that they make."""
-BITS = {"nf4": 4 + 0.127, "fp4": 4 + 0.127, "int8": 8.0}
-"""Of a quantized weight: four bits, and with double quantization 8/64 + 32/(64·256) bits of scales (QLoRA, sec. 3)"""
+BITS = {"nf4": 4 + 32 / 64, "fp4": 4 + 32 / 64, "int8": 8.0}
+"""Of a quantized weight: four bits, and a float32 scale for each block of 64."""
+BITS_OF_SCALES = 0.127
+"""Where they are packed too: 8/64 + 32/(64·256) bits a weight (QLoRA, sec. 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class Sizes:
     """Bytes of the base on disk."""
     recast: bool = False
     """Whether its weights on disk have another format than the one it is computed in."""
+    packed: float | None = None
+    """Bytes of its linear layers where its files hold them quantized."""
 
 
 def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *, gpu: bool) -> tuple[float, float]:
@@ -99,11 +105,21 @@ def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *,
 
     A CPU unpacks strips of a layer, a GPU whole layers (`deltaw.core.packed`).
     """
-    if method != "qlora" or config.quantize == "none":
+    packed = packed_bytes(sizes, config, method)
+    if packed is None:
         return sizes.weights, 0.0
-    packed = sizes.matrices * BITS[config.quantize] / 8
     buffer = sizes.largest if gpu else min(sizes.largest, STRIP)
     return sizes.weights - sizes.matrices * item + packed, buffer * item
+
+
+def packed_bytes(sizes: Sizes, config: PlanConfig, method: Method) -> float | None:
+    """Bytes of the linear layers as the files have them, or as qlora packs them; None where they are plain numbers."""
+    if sizes.packed is not None:
+        return sizes.packed
+    if method != "qlora" or config.quantize == "none":
+        return None
+    scales_too = config.double_quant and config.quantize != "int8"
+    return sizes.matrices * (4 + BITS_OF_SCALES if scales_too else BITS[config.quantize]) / 8
 
 
 def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int, *, learns: bool,
@@ -172,17 +188,17 @@ def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framewor
     return Memory(parts | {"gradients": 0.0, "activations": 0.0, "logits": 0.0, "file": file})
 
 
-def merging(sizes: Sizes, framework: float) -> Memory:
-    """`deltaw merge`: tensor by tensor; one in its format and in float32, its change, and the adapter."""
-    one = sizes.largest_tensor * (2 + 4 + 4)
-    return Memory({"framework": framework, "weights": float(one), "adapters": 4.0 * sizes.trained})
+def merging(sizes: Sizes, item: int) -> Memory:
+    """`deltaw merge`: tensor by tensor; one that is copied, or a layer as stored, in float32 and its change."""
+    one = max(sizes.largest_tensor * item, sizes.largest * (item + 4 + 4))
+    return Memory({"framework": float(FRAMEWORK_MERGE), "weights": float(one), "adapters": 4.0 * sizes.trained})
 
 
 def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
     """Bringing the base in: mapped where its format is right, else tensor by tensor beside its mapped file."""
     base, _ = base_weights(sizes, config, method, item, gpu=gpu)
-    quantized = method == "qlora" and config.quantize != "none"
-    mapped = 3 * sizes.largest * 4 if quantized else sizes.stored if sizes.recast else 0
+    packs = sizes.packed is None and packed_bytes(sizes, config, method) is not None
+    mapped = 3 * sizes.largest * 4 if packs else sizes.stored if sizes.recast else 0
     return Memory({"framework": framework, "weights": base, "file": float(mapped)})
 
 

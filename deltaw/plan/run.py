@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltaw import bases
+from deltaw.bases.quantize import stored_quantization
 from deltaw.errors import BaseModelError
 from deltaw.plan import memory
 from deltaw.plan.calibrate import Rates, calibrate, known_rates
@@ -37,9 +38,9 @@ class MethodPlan:
     checkpoint_bytes: int
     """A checkpoint to resume from."""
     step_seconds: float | None = None
-    """An optimizer step; None where this machine was not measured."""
+    """An optimizer step of average length; None where this machine was not measured."""
     total_seconds: float | None = None
-    """The whole run, where its steps are known."""
+    """All steps of the run, where their number is known; evaluations, answers and checkpoints are not counted."""
     fits: bool | None = None
     """Whether a run stays within the device's memory."""
     binds: str = ""
@@ -71,7 +72,7 @@ class Plan:
     parameters: int
     """Values of the base."""
     weights: int
-    """Bytes of the base in its number format."""
+    """Bytes of the base in its number format, packed ones where its files hold them so."""
     dtype: str
     device: Device
     methods: tuple[MethodPlan, ...]
@@ -102,7 +103,7 @@ def plan(config: PlanConfig, *, search: bool = True, calibrates: bool = False) -
     rates = _rates(config, device, dtype, calibrates)
     setting = Setting(config, shapes, device, dtype, rates)
     methods = tuple(_method(Forecast(setting, method), search=search) for method in config.methods)
-    return Plan(config=config, parameters=setting.values, weights=setting.weights,
+    return Plan(config=config, parameters=setting.values, weights=setting.held,
                 dtype=str(dtype).removeprefix("torch."), device=device, methods=methods,
                 notes=tuple(_notes(setting, methods)))
 
@@ -139,7 +140,8 @@ def _method(forecast: Forecast, *, search: bool) -> MethodPlan:
     if not sizes.trained:
         return counted
     try:
-        peaks = {phase: forecast.peak(phase) for phase in memory.PHASES}
+        merges = forecast.method in ("lora", "qlora")  # what other ways train is in the base already, or stays apart
+        peaks = {phase: forecast.peak(phase) for phase in memory.PHASES if merges or phase != "merge"}
     except BaseModelError:
         return counted
     phase, worst = forecast.worst()
@@ -168,6 +170,13 @@ def _notes(setting: Setting, methods: tuple[MethodPlan, ...]) -> list[str]:
     if any(m.parameters and not m.memory for m in methods):
         found.append("a step of this base cannot be followed without data: its parameters are counted, its memory "
                      "is not known")
+    quantized = stored_quantization(setting.shapes.config)
+    if quantized is not None:
+        found.append(f"the base is quantized already ({quantized}) and stays so: qlora is lora here, and the packed "
+                     "values cannot be trained")
+    longest = setting.shapes.positions
+    if longest is not None and setting.config.max_length > longest:
+        found.append(f"the base takes {longest:,} tokens; training refuses a larger max_length")
     idle = [m.method for m in methods if not m.parameters]
     if idle:
         found.append(f"{', '.join(idle)}: this base has nothing for it to train")

@@ -49,6 +49,12 @@ class Shapes:
         return next(n for n in range(1, len(kinds) + 1)
                     if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
 
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the network takes, where it states one: training refuses a longer one."""
+        stated = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return None if stated is None else int(stated)
+
     def skeleton(self, task: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
         """The network with shapes and no values, all of it or its first layers; frozen, in training mode."""
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

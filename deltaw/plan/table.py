@@ -20,13 +20,13 @@ def rows(plan: Plan) -> list[list[str]]:
                                      for m in methods)])
     for phase, title in (("train", "training, peak"), ("evaluate", "evaluation, peak"), ("save", "saving, peak"),
                          ("load", "loading, peak"), ("merge", "merging on disk, peak")):
-        table.append([title, *(_size(m.memory[phase].total if m.memory else None)  # type: ignore[index]
+        table.append([title, *(_size(m.memory[phase].total if phase in m.memory else None)  # type: ignore[index]
                                for m in methods)])
     table += [["adapter's file", *(size(m.adapter_bytes) for m in methods)],
               ["checkpoint", *(size(m.checkpoint_bytes) for m in methods)],
               ["time of a step", *(duration(m.step_seconds) for m in methods)]]
     if any(m.total_seconds is not None for m in methods):
-        table.append(["time of the run", *(duration(m.total_seconds) for m in methods)])
+        table.append(["time of all steps", *(duration(m.total_seconds) for m in methods)])
     table += [["fits", *(_fits(m) for m in methods)], ["most is taken by", *(m.binds or "-" for m in methods)]]
     if any(m.largest for m in methods):
         table += [[f"largest {name}", *(_largest(m, name) for m in methods)] for name in _LARGEST]
@@ -36,12 +36,14 @@ def rows(plan: Plan) -> list[list[str]]:
 def lines(plan: Plan, method: str = "lora") -> list[str]:
     """Three lines on one way of tuning: what is trained, what it takes, and whether that is there."""
     m = plan[method]
+    if not m.parameters:
+        return [f"plan: this base has nothing for {method} to train"]
     if not m.memory:
         return [f"plan: {m.parameters:,} trained values; memory is not known, a step of this base cannot be followed"]
     parts = m.memory["train"].parts
     main = ", ".join(f"{name} {size(parts[name])}" for name in sorted(parts, key=lambda n: -parts[n])[:3])
     timed = "" if m.step_seconds is None else f"; a step takes about {duration(m.step_seconds)}"
-    total = "" if m.total_seconds is None else f", the run {duration(m.total_seconds)}"
+    total = "" if m.total_seconds is None else f", all steps {duration(m.total_seconds)}"
     return [f"plan: {m.parameters:,} trained values ({m.parameters / plan.parameters:.3%}), a file of "
             f"{size(m.adapter_bytes)}",
             f"plan: {size(m.peak)} of memory at the peak ({main}){timed}{total}",

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from deltaw.plan.calibrate import Rates
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
-from deltaw.plan.memory import BITS, STRETCH_VALUES, Sizes
+from deltaw.plan.memory import STRETCH_VALUES, Sizes
 from deltaw.plan.tape import Work
 
 _PASSES_OF_LOSS = 8
@@ -57,7 +57,7 @@ def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
             between(rates.narrow_output, min(rows, outputs))
         total += times * (flops / narrow + operands / stream + start)
     others = max(1.0, work.calls - sum(work.products.values()))
-    size = work.moved / others / 3 / 4
+    size = work.moved / others / 3 / item
     return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * start)
 
 
@@ -69,16 +69,17 @@ def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:
     return max(work.flops / rate + work.moved / bandwidth, work.calls * _GPU_START)
 
 
-def unpacking_seconds(sizes: Sizes, config: PlanConfig, item: int, device: Device, rates: Rates | None) -> float:
-    """Unpacking a quantized base: in the forward, in the backward, and where layers are computed again once more."""
-    numbers = float(sizes.matrices * (3 if config.gradient_checkpointing == "layer" else 2))
+def unpacking_seconds(sizes: Sizes, packed: float, config: PlanConfig, item: int, device: Device,
+                      rates: Rates | None) -> float:
+    """Unpacking `packed` bytes: in the forward, in the backward, and where layers are computed again once more."""
+    times = 3 if config.gradient_checkpointing == "layer" else 2
     if rates is not None:
-        return numbers / rates.unpack if rates.unpack else 0.0
-    return numbers * (item + BITS[config.quantize] / 8) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
+        return times * sizes.matrices / rates.unpack if rates.unpack else 0.0
+    return times * (sizes.matrices * item + packed) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
 def optimizer_seconds(sizes: Sizes, device: Device, rates: Rates | None) -> float:
-    """An AdamW step."""
+    """An AdamW step of one adapter."""
     moved = float(_PASSES_OF_ADAMW * sizes.trained * sizes.trained_width)
     if rates is not None:
         return moved / between(rates.bytes, 1 << 23)

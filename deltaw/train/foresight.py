@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deltaw.bases import Base
 from deltaw.errors import ConfigError, DeltawError, Fault
@@ -62,15 +64,23 @@ def look_ahead_together(config: TrainConfig, base: Base, examples: Mapping[str, 
     """`look_ahead` for a set of jobs: `config` is that of the job with most trained values, `trained` those of each.
 
     A pass over the base holds `tokens` of any jobs, or one job's batch where that is larger; every job has tensors,
-    gradients and moments of its own.
+    gradients and moments of its own. A step is a round of the set: a job takes one step in it at most.
     """
     def asked() -> PlanConfig:
-        own = [plan_config(config, base, found) for found in examples.values()]
-        widest = max(own, key=lambda each: each.tokens)
+        own = [plan_config(found.config, base, found) for found in examples.values()]
         length = max(each.max_length for each in own)
-        batch = max(1, math.ceil(max(tokens, widest.tokens) / length))
-        return replace(widest, batch_size=batch, max_length=length, adapters=max(1, math.ceil(
-            sum(trained) / max(trained))), supervised=max(each.supervised for each in own))
+        batch = max(1, math.ceil(max(tokens, *(each.tokens for each in own)) / length))
+        steps = [each.steps or 1 for each in own]
+        read = sum(n * each.grad_accumulation * (each.mean_tokens or each.tokens)
+                   for n, each in zip(steps, own, strict=True))
+        rounds = max(math.ceil(read / max(tokens, 1)), *steps)
+        alike = sum(trained) / max(trained)  # adapters of the largest one's size, as many as take the set's memory
+        return replace(
+            own[0], lora=config.lora, optimizer=config.optimizer, batch_size=batch, max_length=length,
+            adapters=max(1, math.ceil(alike)), supervised=max(each.supervised for each in own), grad_accumulation=1,
+            max_steps=rounds, mean_tokens=read / rounds, updates=alike * sum(steps) / len(steps) / rounds,
+            max_new_tokens=max(each.max_new_tokens for each in own),
+            release_memory=all(each.release_memory for each in own))
 
     return _said(config, f"this set of {len(trained)} jobs", asked)
 
@@ -88,9 +98,10 @@ def _said(config: TrainConfig, what: str, asks: Callable[[], PlanConfig]) -> lis
         except _OF_PLANNING:
             return []  # a plan is a service, and the run itself will say what is wrong with it
     if refused:
+        way = f"{better[0].upper()}{better[1:]}" if better.startswith("nothing") else f"It would with: {better}"
         raise ConfigError(Fault(what, f"needs about {size(method.peak)} of memory ({method.binds}), and "
                                 f"{size(found.device.memory)} can be had", "one that fits",
-                                f"It would with: {better}. To try all the same: plan='warn' (--plan warn)"))
+                                f"{way}. To try all the same: plan='warn' (--plan warn)"))
     return lines(found, method.method)
 
 
@@ -108,6 +119,7 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
     classifies = config.task == "seq-cls"
     share = 1.0 if classifies or not stats.tokens else stats.supervised_tokens / stats.tokens
     labels = examples.train.label_names
+    passes = examples.batches_per_epoch
     return PlanConfig(
         model=str(base.folder or config.model), task=config.task, lora=config.lora,
         num_labels=len(labels) if labels else 2, methods=(planned_as(config),), quantize=_quantized(config),
@@ -116,10 +128,27 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
         gradient_checkpointing=config.gradient_checkpointing, release_memory=config.release_memory,
         optimizer=config.optimizer,
         dtype=str(base.dtype).removeprefix("torch."), device=_device(config),
-        rows=len(lengths), epochs=config.epochs, max_steps=config.max_steps, threads=config.threads,
+        max_steps=optimizer_steps(config, passes), double_quant=config.double_quant, threads=config.threads,
+        mean_tokens=min(mean_tokens(config, lengths, passes), math.prod(longest)),
         max_new_tokens=config.max_new_tokens, bottleneck=config.baseline.bottleneck,
         virtual_tokens=max(1, config.baseline.prefix_tokens + config.baseline.infix_tokens),
         resident=resident_memory() + AHEAD if _device(config) == "cpu" and resident_memory() else None)
+
+
+def mean_tokens(config: TrainConfig, lengths: NDArray[np.int64], passes: int) -> float:
+    """Tokens of a micro-batch on average: of `passes` over examples of these lengths, with the padding there is."""
+    if config.task == "causal-lm" and config.packing == "auto":
+        return float(lengths.sum()) / passes
+    batch = math.ceil(len(lengths) / passes)
+    listed = np.sort(lengths) if config.group_by_length else lengths
+    starts = np.arange(0, len(listed), batch)
+    rows = np.diff(starts, append=len(listed))
+    return float((rows * np.maximum.reduceat(listed, starts)).mean())
+
+
+def optimizer_steps(config: TrainConfig, batches_per_epoch: int) -> int:
+    """Steps of a run of this many micro-batches in a pass over its data."""
+    return config.max_steps or max(1, math.ceil(config.epochs * batches_per_epoch / config.grad_accumulation))
 
 
 def planned_as(config: TrainConfig) -> Method:

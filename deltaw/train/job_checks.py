@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +25,11 @@ SHARED = ("model", "task", "device", "dtype", "quantize", "double_quant", "gradi
 _OF_DATA = ("data", "cache_data", "valid", "columns", "max_length", "train_on", "task", "eval_rows", "model")
 
 
-def check_jobs(jobs: Sequence[Job], *, resume: bool) -> None:
-    """Refuse jobs whose values do not fit each other, with every fault of every job."""
+def check_jobs(jobs: Sequence[Job], *, resume: bool, at_work: Collection[str] = ()) -> None:
+    """Refuse jobs whose values do not fit each other, with every fault of every job.
+
+    `at_work` names those that the set has begun or ended: what lies in their folders is their own.
+    """
     if not jobs:
         raise ConfigError(Fault("jobs", "got none", "at least one"))
     faults: list[Fault | str] = []
@@ -50,6 +53,8 @@ def check_jobs(jobs: Sequence[Job], *, resume: bool) -> None:
         if job.config.compile == "on":
             faults.append(Fault(f"job '{job.name}': compile", "got 'on'", "auto or off",
                                 "Layers are not compiled while adapters train together"))
+        if job.name in at_work:
+            continue
         try:
             check_folder(Path(job.config.out).expanduser(), replace(job.config, resume=resume or job.config.resume))
         except ConfigError as error:

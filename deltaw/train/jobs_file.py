@@ -24,10 +24,10 @@ from deltaw.core import LoraConfig
 from deltaw.errors import ConfigError, DeltawError, Fault, near
 from deltaw.train.config import TrainConfig
 from deltaw.train.job import Job
+from deltaw.train.job_checks import SHARED
 from deltaw.train.many_config import ManyConfig
 
 _PARTS = ("base", "together", "defaults", "datasets", "adapters", "tasks")
-_BASE = ("model", "task", "device", "dtype", "gradient_checkpointing", "threads", "packing")
 _DATA = ("data", "columns", "valid", "max_length", "train_on", "eval_rows")
 _TRAIN = tuple(f.name for f in fields(TrainConfig) if f.name not in ("lora", "name", "model"))
 _LORA = tuple(f.name for f in fields(LoraConfig))
@@ -67,8 +67,8 @@ class _Reader:
         for key in self.content:
             if key not in _PARTS:
                 self.fault(f"'{key}'", "is unknown", "one of " + ", ".join(_PARTS), near(str(key), _PARTS))
-        shared = {key: getattr(self.base, key) for key in _BASE} if self.base is not None else \
-            self.part("base", _BASE, needed=("model",))
+        shared = {key: getattr(self.base, key) for key in SHARED} if self.base is not None else \
+            self.part("base", SHARED, needed=("model",))
         defaults = self.part("defaults", (*_TRAIN, "priority"))
         datasets = dict(self.named("datasets", ("name", *_DATA), needed=("name", "data")))
         adapters = dict(self.named("adapters", ("name", *_LORA), needed=("name",)))

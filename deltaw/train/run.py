@@ -36,7 +36,7 @@ from deltaw.train.decoding import device_of
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
-from deltaw.train.foresight import check_weights, look_ahead
+from deltaw.train.foresight import check_weights, look_ahead, optimizer_steps
 from deltaw.train.loop import Run
 from deltaw.train.memory import count_peak_anew, peak_memory
 from deltaw.train.objective import objective_for
@@ -264,7 +264,7 @@ def own_surroundings(config: TrainConfig) -> Iterator[None]:
 
 def pace_of(config: TrainConfig, batches_per_epoch: int) -> Pace:
     """When things happen, from the config and the number of micro-batches in an epoch."""
-    steps = config.max_steps or max(1, math.ceil(config.epochs * batches_per_epoch / config.grad_accumulation))
+    steps = optimizer_steps(config, batches_per_epoch)
     warmup = warmup_of(steps, ratio=config.warmup_ratio, steps=config.warmup_steps)
     factor = schedule(config.schedule, total=steps, warmup=warmup)
     eval_every = math.ceil(steps / 5) if config.eval_every is None else config.eval_every

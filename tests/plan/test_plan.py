@@ -164,9 +164,11 @@ def test_a_processor_unpacks_strips_and_a_gpu_whole_layers() -> None:
 def test_unpacking_takes_time_in_every_pass_over_the_base() -> None:
     here = Rates(narrow_output={1: 1e9}, narrow_inner={1: 1e9}, attention=1e9, bytes={1: 1e9}, start=0.0, unpack=1e6)
     kept, again = SMALL, replace(SMALL, gradient_checkpointing="layer")
-    assert unpacking_seconds(SIZES, kept, 4, DEVICES["h100"], here) == pytest.approx(2 * (20 << 20) / 1e6)
-    assert unpacking_seconds(SIZES, again, 4, DEVICES["h100"], here) == pytest.approx(3 * (20 << 20) / 1e6)
-    assert 0 < unpacking_seconds(SIZES, kept, 2, DEVICES["h100"], None) < 1e-3
+    packed = (20 << 20) / 2
+    assert unpacking_seconds(SIZES, packed, kept, 4, DEVICES["h100"], here) == pytest.approx(2 * (20 << 20) / 1e6)
+    assert unpacking_seconds(SIZES, packed, again, 4, DEVICES["h100"], here) == pytest.approx(3 * (20 << 20) / 1e6)
+    elsewhere = unpacking_seconds(SIZES, packed, kept, 2, DEVICES["h100"], None)
+    assert elsewhere == pytest.approx(2 * 2.5 * (20 << 20) / (3350e9 * 0.75))
 
 
 def test_under_checkpointing_freed_memory_is_not_counted_beside_logits() -> None:
@@ -188,6 +190,72 @@ def test_memory_that_is_given_back_is_counted_on_a_processor_alone() -> None:
     assert {**kept, "allocator": 0} == {**released, "allocator": 0}
     for gpu, options in ((True, {}), (False, {"gradient_checkpointing": "layer"})):  # given back anyway
         assert parts(gpu, **options) == parts(gpu, release_memory=True, **options)
+
+
+def test_every_adapters_update_takes_time_and_a_lighter_batch_takes_less(small: Plan) -> None:
+    def seconds(**options: Any) -> float:
+        found = plan(replace(SMALL, **options), search=False)["lora"].step_seconds
+        assert found is not None
+        return found
+
+    one, update = small["lora"].step_seconds, 7 * 4 * 2_442_240 / (360e9 * 0.75)
+    assert one is not None
+    assert seconds(adapters=9) - one == pytest.approx(8 * update)
+    assert seconds(adapters=9, updates=2.5) - one == pytest.approx(1.5 * update)
+    assert seconds(mean_tokens=64) - update == pytest.approx((one - update) / 2)
+    total = plan(replace(SMALL, max_steps=7), search=False)["lora"].total_seconds
+    assert total == pytest.approx(7 * one)
+
+
+def test_only_a_low_rank_change_is_merged() -> None:
+    found = plan(replace(SMALL, methods=("full", "adapter-h", "lora", "qlora")), search=False)
+    assert [m.method for m in found.methods if "merge" in m.memory] == ["lora", "qlora"]
+    parts = found["lora"].memory["merge"].parts  # SmolLM2's embedding is copied; its layers are smaller
+    assert (parts["weights"], parts["adapters"]) == (49152 * 576 * 2, 4 * 2_442_240)
+
+
+def test_full_fine_tuning_is_told_of_the_smallest_that_fits() -> None:
+    least = plan(replace(SMALL, methods=("qlora",), batch_size=1, max_length=512, gradient_checkpointing="layer"),
+                 search=False)["qlora"].peak
+    found = plan(replace(SMALL, methods=("full",), batch_size=8, max_length=512, memory=f"{1.02 * least / 1e6:.0f}MB"))
+    assert found["full"].change == "a base in 4 bits (qlora), batch_size 1 and gradient_checkpointing layer"
+
+
+def test_no_length_is_promised_that_training_refuses() -> None:
+    bert = PlanConfig(model="bert-base", task="seq-cls", device="h100", batch_size=1, max_length=256, methods=("lora",))
+    found = plan(bert)
+    assert found["lora"].largest["max_length"] == 512
+    assert not any("refuses a larger" in note for note in found.notes)
+    assert any("takes 512 tokens" in note for note in plan(replace(bert, max_length=1024), search=False).notes)
+
+
+def test_scales_that_are_not_packed_take_half_a_bit_more() -> None:
+    weights = [base_weights(SIZES, replace(SMALL, double_quant=packed), "qlora", 4, gpu=False)[0]
+               for packed in (True, False)]
+    assert weights[1] - weights[0] == pytest.approx((20 << 20) * (4.5 - 4.127) / 8)
+    assert plan(replace(SMALL, methods=("qlora",), quantize="int8", double_quant=True), search=False)["qlora"].fits
+
+
+def test_a_base_that_is_quantized_already_is_weighed_as_its_files_are(tiny_llama: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    tiny_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=4).save_pretrained(plain)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings).save_pretrained(packed)
+    asked = PlanConfig(model=str(plain), methods=("lora", "qlora", "full"), dtype="fp32", max_length=32, device="cpu")
+    before, after = plan(asked, search=False), plan(replace(asked, model=str(packed)), search=False)
+    for phase in ("train", "load"):
+        found = after["lora"].memory[phase]  # type: ignore[index]
+        expected = before["qlora"].memory[phase].parts  # type: ignore[index]
+        assert found.parts["weights"] == pytest.approx(expected["weights"], rel=0.02)
+        assert found.parts["framework"] == expected["framework"]
+        assert found.parts == after["qlora"].memory[phase].parts  # type: ignore[index]
+    assert after["lora"].memory["load"].parts["file"] == 0  # nothing is packed on the way
+    assert after.weights < before.weights / 3
+    assert (before["full"].parameters, after["full"].parameters) == (before.parameters, 0)
+    assert any("quantized already (bitsandbytes)" in note for note in after.notes)
 
 
 def test_gpt2s_transposed_layers_are_quantized_too() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +14,18 @@ import torch
 
 import deltaw.plan.run as planning
 from deltaw.errors import ConfigError
+from deltaw.plan import Plan, PlanConfig
 from deltaw.plan.devices import Device
 from deltaw.train.config import TrainConfig
-from deltaw.train.foresight import MARGIN, check_weights, heaviest, look_ahead
+from deltaw.train.foresight import (
+    MARGIN,
+    check_weights,
+    heaviest,
+    look_ahead,
+    look_ahead_together,
+    mean_tokens,
+    optimizer_steps,
+)
 
 
 @pytest.fixture
@@ -22,7 +34,7 @@ def run(tiny_llama: Any, tmp_path: Any) -> tuple[TrainConfig, Any, Any]:
     config = TrainConfig(model=str(tmp_path), data="x", out="y", device="cpu", dtype="fp32", batch_size=4)
     train = SimpleNamespace(lengths=np.array([10, 900, 1000, 20, 1100]), label_names=None,
                             stats=SimpleNamespace(tokens=3030, supervised_tokens=1515))
-    examples = SimpleNamespace(train=train, train_rows=np.arange(5))
+    examples = SimpleNamespace(train=train, train_rows=np.arange(5), config=config, batches_per_epoch=2)
     return config, SimpleNamespace(folder=tmp_path, dtype=torch.float32), examples
 
 
@@ -84,3 +96,49 @@ def test_the_heaviest_batch() -> None:
     assert heaviest(lengths, 3, None) == (3, 1000)
     assert heaviest(lengths, 3, 2100) == (2, 1050)
     assert heaviest(lengths, 3, 500) == (1, 1100)
+
+
+def asked_of(monkeypatch: pytest.MonkeyPatch, look: Callable[[], object]) -> PlanConfig:
+    asked: list[PlanConfig] = []
+
+    def kept(config: PlanConfig, **options: Any) -> Plan:
+        asked.append(config)
+        return planning.plan(config, **options)
+
+    monkeypatch.setattr("deltaw.train.foresight.plan", kept)
+    assert look()
+    return asked[0]
+
+
+def test_time_is_that_of_average_batches_and_of_all_steps(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, examples = run
+    found = asked_of(monkeypatch, lambda: look_ahead(config, base, examples))
+    assert (found.batch_size, found.max_length) == (4, 755)  # the heaviest batch decides the memory
+    assert found.mean_tokens == 3030 / 2
+    assert found.steps == 2 == optimizer_steps(config, 2)
+    assert optimizer_steps(replace(config, epochs=3), 2) == 6
+    assert optimizer_steps(replace(config, epochs=0.1, grad_accumulation=2), 2) == 1
+    padded, lengths = replace(config, packing="off", group_by_length=False), examples.train.lengths
+    assert mean_tokens(padded, lengths, 2) == (3 * 1000 + 2 * 1100) / 2
+    assert mean_tokens(replace(padded, group_by_length=True), lengths, 2) == (3 * 900 + 2 * 1100) / 2
+
+
+def test_a_set_is_asked_by_each_jobs_own_batches_and_steps(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, examples = run
+    wide = replace(config, lora=replace(config.lora, r=16), batch_size=1, max_steps=10)
+    many = replace(config, batch_size=4, max_steps=4)
+    jobs = {"wide": SimpleNamespace(**{**vars(examples), "config": wide, "batches_per_epoch": 5}),
+            "many": SimpleNamespace(**{**vars(examples), "config": many})}
+    found = asked_of(monkeypatch, lambda: look_ahead_together(wide, base, jobs, trained=[200, 100], tokens=512))
+    assert found.tokens >= 4 * 755  # one micro-batch of the job whose batches are larger
+    assert (found.lora.r, found.adapters) == (16, 2)
+    read = 10 * 3030 / 5 + 4 * 3030 / 2
+    assert found.steps == math.ceil(read / 512)
+    assert found.mean_tokens == pytest.approx(read / found.steps)
+    assert found.updates == pytest.approx(1.5 * 7 / found.steps)
+
+
+def test_where_nothing_helps_that_is_what_is_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited(monkeypatch, 1000)
+    with pytest.raises(ConfigError, match=r"one that fits. Nothing here makes it fit: at the least it needs"):
+        look_ahead(*run)

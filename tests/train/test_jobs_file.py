@@ -59,6 +59,16 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
     assert again.together.resume
 
 
+def test_how_the_base_is_quantized_belongs_to_the_base_and_to_jobs_that_join(tmp_path: Path) -> None:
+    text = GOOD.replace("dtype: fp32", "dtype: fp32, quantize: nf4, double_quant: false")
+    found = read_jobs(write(tmp_path, text))
+    assert {(job.config.quantize, job.config.double_quant) for job in found.jobs} == {("nf4", False)}
+    more = {"datasets": [{"name": "d", "data": "x"}], "adapters": [{"name": "c"}],
+            "tasks": [{"adapter": "c", "dataset": "d", "out": "c"}]}
+    joining = read_jobs(write(tmp_path, json.dumps(more), "more.yaml"), base=found.jobs[0].config).jobs[0].config
+    assert (joining.quantize, joining.double_quant) == ("nf4", False)
+
+
 def test_json_is_read_too(tmp_path: Path) -> None:
     import yaml
 
@@ -143,3 +153,48 @@ def test_the_control_folder(base_folder: Path, color_rows: Path, tmp_path: Path)
     assert {n: (j.status, j.steps) for n, j in result.jobs.items()} == {
         "a": ("finished", 4), "b": ("cancelled", 4), "c": ("finished", 3)}
     assert (tmp_path / "c" / "adapter_model.safetensors").is_file()
+
+
+def test_a_file_with_a_fault_in_one_task_lets_none_join(base_folder: Path, color_rows: Path, tmp_path: Path) -> None:
+    make = config_maker(base_folder, color_rows, tmp_path)
+    task = {"dataset": "d", "max_steps": 3, "samples": 0}
+    with TrainMany([make("a", max_steps=4)], together(tmp_path), quiet=True) as many:
+        control = Control(many.record.folder)
+
+        def ask(name: str, data: object, out: str, **adapter: object) -> str:
+            adapters = [{"name": "c", "r": 2}, {"name": "e", "r": 2, **adapter}]
+            (control.folder / name).write_text(json.dumps({
+                "datasets": [{"name": "d", "data": str(color_rows), "eval_rows": 4}, {"name": "x", "data": data}],
+                "adapters": adapters, "tasks": [
+                    {**task, "adapter": "c", "out": str(tmp_path / "c"), "dataset": "d"},
+                    {**task, "adapter": "e", "out": str(tmp_path / out), "dataset": "x"}]}))
+            control.obey(many)
+            return (control.folder / "refused" / f"{name}.txt").read_text()
+
+        assert "job 'e': " in ask("missing.yaml", str(tmp_path / "none.jsonl"), "e")
+        assert "job 'e': out" in ask("taken.yaml", str(color_rows), "c")
+        assert set(many.jobs) == {"a"}
+        said = ask("late.yaml", str(color_rows), "e", target_modules=["nothing_here"])
+        assert "job 'e': " in said
+        assert "joined before it: c" in said
+        assert set(many.jobs) == {"a", "c"}
+        many.run()
+        (control.folder / "after.yaml").write_text("{}")
+        control.obey(many)
+    assert (control.folder / "refused" / "after.yaml.txt").is_file()
+
+
+def test_a_request_that_breaks_something_leaves_the_jobs_at_work(base_folder: Path, color_rows: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    make = config_maker(base_folder, color_rows, tmp_path)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    with TrainMany([make("a", max_steps=2)], together(tmp_path), quiet=True) as many:
+        control = Control(many.record.folder)
+        monkeypatch.setattr("deltaw.train.control.read_jobs", broken)
+        (control.folder / "more.yaml").touch()
+        control.obey(many)
+        assert "RuntimeError: a bug" in (control.folder / "refused" / "more.yaml.txt").read_text()
+        assert many.run().jobs["a"].status == "finished"
