@@ -252,8 +252,7 @@ class TrainMany:
     def add(self, job: Job | TrainConfig) -> None:
         """Take another job in, from the next round on. Raises what is wrong with it; the set is then as it was."""
         job = job if isinstance(job, Job) else Job(config=job)
-        check_jobs([*(one.job for one in self.jobs.values()), *(j for j in self.given if j.name in self.ended), job],
-                   resume=self.config.resume)
+        check_jobs([*self.given, job], resume=self.config.resume, at_work=[*self.jobs, *self.ended])
         examples = self.loader.examples(job.config)
         self._attach(job)
         self.given.append(job)

@@ -131,6 +131,7 @@ def test_the_control_folder(base_folder: Path, color_rows: Path, tmp_path: Path)
     with TrainMany([make("a", max_steps=4), make("b", max_steps=50)], together(tmp_path), quiet=True) as many:
         control = Control(many.record.folder)
         folder = control.folder
+        many.save()  # as a set does when it begins: the folders of its jobs then hold runs that are not finished
         many.round()
         (folder / "a.pause").touch()
         (folder / "zz.cancel").touch()
