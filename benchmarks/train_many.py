@@ -10,7 +10,7 @@ large               a process for each side, in turns: eight jobs of 4 x 256 tok
 short, peft         eight peft runs in a loop by hand with a fused AdamW, same rows in the same batches: questions of
                     a line (banking77), 1, 2 and 4 a step, and instructions with answers, 1 a step. Nothing is padded
                     in rows of 1, little in others, since batches are of like length
-count               64 adapters of 16 tokens each beside one of 1,024
+count               64 adapters of 16 tokens each beside one of 1,024, and of 64 tokens beside one of 4,096
 sweep               `deltaw.compare.sweep` over six ranks in one process, and in six; loading and evaluation included
 
 Memory is the process's, or what is allocated on the GPU.
@@ -226,8 +226,8 @@ def compare(where: Where, base: bases.Base, name: str, loras: list[deltaw.LoraCo
                 "one after the other", goal, better="higher", equal=equal)
 
 
-def many_adapters(where: Where, base: bases.Base, repeats: int, *, count: int = 64, tokens: int = 1024) -> Case:
-    """Step time of 64 adapters with 16 tokens each beside one adapter with all 1,024."""
+def many_adapters(where: Where, base: bases.Base, repeats: int, *, tokens: int, count: int = 64) -> Case:
+    """Step time of 64 adapters with a share of the tokens each beside one adapter with all of them."""
     lora = deltaw.LoraConfig(r=8, lora_alpha=16)
     times: dict[int, list[float]] = {1: [], count: []}
     for number in (1, count, 1):  # one before and one after: the machine's speed drifts
@@ -435,7 +435,8 @@ def main() -> int:
         "peft": lambda: [against_peft(where, args.data, instructions, "instructions", 1, steps)],
         "short": lambda: [against_peft(where, args.data, questions, "short questions", rows, steps)
                           for rows in (1, 2, 4)],
-        "count": lambda: [many_adapters(where, base, 2 if args.quick else 10 if gpu else 3)],
+        "count": lambda: [many_adapters(where, base, 2 if args.quick else 10 if gpu else 3, tokens=tokens)
+                          for tokens in (1024, 4096)],
         "nf4": lambda: quantized(where, 2 if args.quick else 10 if gpu else 3),
         "sweep": lambda: rank_sweep(where, args.data, 6 if args.quick else 40 if gpu else 12),
     }

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import ConfigError, Fault
+from deltaw.errors import Fault, MissingDependencyError
 from deltaw.train.row_adamw import RowAdamW
 
 _LEAST_NORM = 1e-6
@@ -76,8 +76,8 @@ def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise ConfigError(Fault("TrainConfig.optimizer", "got 'adamw8bit', and bitsandbytes is not installed",
-                                "the package", "pip install 'deltaw[quant]'")) from error
+        raise MissingDependencyError(Fault("TrainConfig.optimizer", "got 'adamw8bit', and bitsandbytes is not "
+                                           "installed", "the package", "pip install 'deltaw[quant]'")) from error
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

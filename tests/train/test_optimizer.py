@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from deltaw.errors import MissingDependencyError
 from deltaw.train.optimizer import adamw, schedule, set_rate, take_step, warmup_of
 from tests.device import DEVICE, randn
 
@@ -41,6 +44,12 @@ def test_adamw_is_the_formula_and_spares_vectors() -> None:
         optimizer.step()
     torch.testing.assert_close(matrix.detach(), torch.full_like(matrix, expected["w"][0]))
     torch.testing.assert_close(vector.detach(), torch.full_like(vector, expected["b"][0]))
+
+
+def test_8_bits_without_their_package_are_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingDependencyError, match=r"bitsandbytes is not installed.*pip install 'deltaw\[quant\]'"):
+        adamw({"w": nn.Parameter(torch.ones(2, 2))}, learning_rate=0.1, bits=8)
 
 
 def test_warmup_is_counted_as_transformers_does() -> None:
