@@ -17,6 +17,8 @@ from deltaw.core.packed import holds_codes
 
 _BY_TRANSFORMERS = ("compressed-tensors",)
 _BY_IDENTITY = ("awq", "gptq")
+UNPACKED = (*_BY_TRANSFORMERS, *_BY_IDENTITY)
+"""Methods whose codes are gone once a base is loaded."""
 _ROWS = 512
 """Rows of the identity at once."""
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from deltaw.bases.heads import head_modules
 from deltaw.bases.quantize import linear_layers, stored_quantization
+from deltaw.bases.unpacked import UNPACKED
 from deltaw.plan import counts
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.found import Network, Place, Point, Step
@@ -31,13 +32,13 @@ class Survey:
     def network(self) -> Network:
         """What it weighs."""
         model, config, task = self.model, self.shapes.config, self.shapes.task
-        matrices = _matrices(model)
+        matrices, method = _matrices(model), stored_quantization(config)
         return Network(
             values=counts.full(model), matrices=sum(matrices), largest_matrix=max(matrices),
             weights=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
             largest_tensor=max(t.numel() for t in model.parameters()), head=counts.heads(model, task),
             biases=counts.bitfit(model, task), vocabulary=int(config.get_text_config().vocab_size),
-            positions=self.shapes.positions, quantized=stored_quantization(config),
+            positions=self.shapes.positions, quantized=None if method in UNPACKED else method,
             stated_item=2 if config.dtype is None else config.dtype.itemsize,
             dims=counts.Dimensions.of(config))
 
