@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deltaw.core.home import home
+
+__all__ = ["home", "keep"]
+
 _STALE_S = 6 * 3600
-
-
-def home() -> Path:
-    """The folder for what deltaw keeps between runs: the environment's DELTAW_HOME, or ~/.cache/deltaw."""
-    return Path(os.environ.get("DELTAW_HOME") or "~/.cache/deltaw").expanduser()
 
 
 def keep(folder: Path, fill: Callable[[Path], object]) -> None:

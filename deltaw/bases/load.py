@@ -29,6 +29,7 @@ from deltaw.bases.quantize import (
 )
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.bases.sources import Place, find_base, read_config
+from deltaw.bases.unpacked import ask_for_weights, unpack
 from deltaw.errors import BaseModelError, ConfigError, DeltawError, Fault, near
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def load_base(
     place = find_base(model, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     folder: Path | None = place.folder
-    loaded = tokenizer = None
+    loaded = tokenizer = packed = None
     fresh: tuple[str, ...] = ()
     if place.gguf is not None:
         folder = gguf.converted(place.gguf, chosen)
@@ -125,6 +126,7 @@ def load_base(
     if folder is not None:
         place = Place(place.source, place.kind, folder, place.gguf)
         config = _config(place, task, options | head)
+        packed = stored_quantization(config)
         tokenizer = _tokenizer(place, options)
         if task == "seq-cls" and config.pad_token_id is None:  # the head reads the last token that is not padding
             config.pad_token_id = _padded(tokenizer).pad_token_id
@@ -133,6 +135,8 @@ def load_base(
     assert tokenizer is not None
     _name(loaded, place)
     quantized = stored_quantization(loaded.config) if wanted is None else str(wanted)
+    if packed and not quantized:
+        reason += f"; unpacked from its {packed} codes"
     placed = loaded if quantized else loaded.to(device)  # quantized layers are packed where they stay
     return Base(model=placed.eval(), tokenizer=_padded(tokenizer), source=model, kind=place.kind,
                 folder=folder, dtype=chosen, dtype_reason=reason, fresh=fresh, quantized=quantized)
@@ -217,10 +221,12 @@ def _model(place: Place, task: Task, config: Any, dtype: torch.dtype, device: to
 
     auto: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    packed = stored_quantization(config)
     if wanted is None:
         check_reader(place.source, config)
-        if stored_quantization(config):
+        if packed:
             options["device_map"] = {"": device}
+            ask_for_weights(config, packed)
     try:
         with quiet_transformers():
             if device.type == "meta" or wanted is not None:
@@ -236,10 +242,13 @@ def _model(place: Place, task: Task, config: Any, dtype: torch.dtype, device: to
             else:
                 model, report = auto.from_pretrained(place.folder, config=config, dtype=dtype, trust_remote_code=trust,
                                                      **options)
+                unpack(model, packed, dtype)
     except DeltawError:
         raise
     except Exception as error:  # safetensors, the config and the model class each raise their own
-        raise BaseModelError(Fault(f"base '{place.source}'", f"cannot be loaded: {_first_line(error)}")) from error
+        raise BaseModelError(Fault(f"base '{place.source}'", f"cannot be loaded: {_first_line(error)}", remedy=""
+                                   if packed is None else f"It is quantized by {packed}, which transformers may not "
+                                   "read here: give the unquantized base, and quantize to pack it")) from error
     return model, _fresh(place, task, model, report)
 
 

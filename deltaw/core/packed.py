@@ -218,3 +218,9 @@ def _native(kind: str, dtype: torch.dtype) -> Callable[[int, int, int, int, int,
     written = torch.empty_like(sample)
     call(codes.data_ptr(), state.absmax.data_ptr(), written.data_ptr(), 64, 2, 128)
     return call if torch.equal(written, dequantize_4bit(codes, state)) else None
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Whether this is a linear layer by its sizes that has no weight."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return module._parameters.get("weight") is None and all(isinstance(size, int) for size in sizes)

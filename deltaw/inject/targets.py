@@ -16,6 +16,7 @@ from torch import nn
 
 from deltaw.core.config import ALL_LINEAR, LoraConfig
 from deltaw.core.geometry import Geometry
+from deltaw.core.packed import holds_codes
 from deltaw.errors import Fault, TargetError, near
 from deltaw.inject.narrow import (
     check_dropout,
@@ -114,9 +115,20 @@ def _all_linear(config: LoraConfig, model: nn.Module, sites: SiteMap, faults: li
     found = {n: s for n, s in sites.weights.items()
              if s.kind in ("linear", "attention") and (s.host == body or s.host.startswith(f"{body}.") or not body)}
     if not found and not config.target_parameters and not config.modules_to_save:
-        faults.append(Fault("target_modules", "'all-linear' finds no linear layer in this model", "at least one",
-                            f"Name the modules, such as {examples(sites)}"))
+        faults.append(_codes_alone(sites) or Fault(
+            "target_modules", "'all-linear' finds no linear layer in this model", "at least one",
+            f"Name the modules, such as {examples(sites)}"))
     return found
+
+
+def _codes_alone(sites: SiteMap) -> Fault | None:
+    """What to say of a base whose linear layers hold a quantizer's codes and no weight."""
+    kinds = sorted({type(module).__name__ for module in sites.modules.values() if holds_codes(module)})
+    if not kinds:
+        return None
+    return Fault("target_modules", f"'all-linear' finds no weight in this model's linear layers ({', '.join(kinds)}), "
+                 "which hold a quantizer's codes", "a base in 16 or 32 bits, or packed by bitsandbytes or torchao",
+                 "Give the unquantized base, with quantize='nf4' to hold it in 4 bits")
 
 
 def _body_prefix(model: nn.Module, sites: SiteMap) -> str:

@@ -16,12 +16,14 @@ bottleneck and k the width of all keys of a layer:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from deltaw.core.config import LoraConfig
 
-from deltaw.core import LoraConfig
-from deltaw.inject import Target, find_sites, resolve
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deltaw.inject import Target
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 
@@ -99,6 +101,8 @@ def bitfit(model: nn.Module, task: str = "causal-lm") -> int:
 
 def low_rank(model: nn.Module, lora: LoraConfig, task: str) -> list[Target]:
     """The sites of a low-rank change on this network, each with its count."""
+    from deltaw.inject import find_sites, resolve
+
     return resolve(with_task(lora, task), model, find_sites(model))
 
 

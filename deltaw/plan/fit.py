@@ -20,8 +20,8 @@ def largest(forecast: Forecast) -> dict[str, int]:
         ways["rank"] = lambda n: replace(at, rank=n)
     if forecast.method != "full":
         ways["adapters"] = lambda n: replace(at, adapters=n)
-    most = {"max_length": forecast.setting.shapes.positions or _MOST,
-            "rank": max((t.site.geometry.max_rank for t in forecast.setting.targets if t.rank), default=1)
+    most = {"max_length": forecast.setting.network.positions or _MOST,
+            "rank": max((place.most for place in forecast.setting.places if place.rank), default=1)
             if "rank" in ways else 1}
     return {name: last(lambda n, way=way: forecast.worst(way(n))[1].total <= limit,  # type: ignore[misc]
                        most.get(name, _MOST)) for name, way in ways.items()}
@@ -88,8 +88,5 @@ def _smaller_batches(forecast: Forecast, beside: str) -> Iterator[tuple[str, For
 
 def _with(setting: Setting, config: PlanConfig) -> Setting:
     changed = Setting(config, setting.shapes, setting.device, setting.dtype, setting.rates)
-    changed.steps, changed.quadratic = setting.steps.under(config), setting.quadratic
-    for name in ("model", "weights", "largest_tensor", "values", "head", "biases", "linears", "targets"):
-        if name in setting.__dict__:  # they do not depend on what is changed here
-            changed.__dict__[name] = setting.__dict__[name]
+    changed.walks, changed.quadratic = setting.walks.under(config), setting.quadratic
     return changed

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from deltaw.bases.heads import head_modules
-from deltaw.bases.quantize import linear_layers, stored_quantization
-from deltaw.inject import Target
 from deltaw.plan import counts, memory
-from deltaw.plan.calibrate import Rates
 from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.devices import Device
+from deltaw.plan.found import Network, Place
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
-from deltaw.plan.step import Steps
 from deltaw.plan.timing import (
     FAULTS,
     TRIMMED,
@@ -33,6 +25,10 @@ from deltaw.plan.timing import (
     step_work,
     unpacking_seconds,
 )
+from deltaw.plan.walks import Walks
+
+if TYPE_CHECKING:
+    from deltaw.plan.calibrate import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,78 +44,37 @@ class At:
 class Setting:
     """A base, a device and a config: what all ways of tuning share."""
 
-    def __init__(self, config: PlanConfig, shapes: Shapes, device: Device, dtype: torch.dtype,
-                 rates: Rates | None) -> None:
+    def __init__(self, config: PlanConfig, shapes: Shapes, device: Device, dtype: str, rates: Rates | None) -> None:
         self.config, self.shapes, self.device, self.dtype, self.rates = config, shapes, device, dtype, rates
         self.item = memory.item_size(dtype)
-        self.steps = Steps(shapes, config, dtype)
+        self.walks = Walks(shapes, config, dtype)
         self.quadratic: float | None = None
         """Bytes that a token keeps for each token of its example, once they are known."""
         self.gpu = device.kind == "gpu"
 
-    @cached_property
-    def model(self) -> nn.Module:
-        """The whole network, without values."""
-        return self.shapes.skeleton(self.config.task, self.dtype)
+    @property
+    def network(self) -> Network:
+        """What the base weighs."""
+        return self.walks.network
 
-    @cached_property
-    def dims(self) -> counts.Dimensions:
-        """The sizes that closed forms take."""
-        return counts.Dimensions.of(self.shapes.config)
-
-    @cached_property
-    def targets(self) -> list[Target]:
+    @property
+    def places(self) -> tuple[Place, ...]:
         """Where the low-rank change goes."""
-        return counts.low_rank(self.model, self.config.lora, self.config.task)
+        return self.walks.places
 
-    @cached_property
-    def weights(self) -> int:
-        """Bytes of the base."""
-        return sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *self.model.buffers()])
-
-    @cached_property
-    def largest_tensor(self) -> int:
-        """Values of the base's largest tensor."""
-        return max(t.numel() for t in self.model.parameters())
-
-    @cached_property
-    def values(self) -> int:
-        """Values of the base, a tied one once."""
-        return counts.full(self.model)
-
-    @cached_property
-    def head(self) -> int:
-        """Values of a classifier's head."""
-        return counts.heads(self.model, self.config.task)
-
-    @cached_property
-    def biases(self) -> int:
-        """Values that BitFit trains."""
-        return counts.bitfit(self.model, self.config.task)
-
-    @cached_property
-    def linears(self) -> list[int]:
-        """Sizes of the matrices that a quantizer takes: linear layers that are no output layer."""
-        model: Any = self.model
-        heads = head_modules(model)
-        output = model.get_output_embeddings()
-        return [layer.weight.numel() for name, layer in linear_layers(model).items() if layer is not output
-                and not any(name == head or name.startswith(head + ".") for head in heads)] or [0]
-
-    @cached_property
+    @property
     def packed(self) -> float | None:
         """Bytes of the linear layers where the base's files hold them quantized: all that is not a plain number."""
-        if stored_quantization(self.shapes.config) is None:
+        base = self.network
+        if base.quantized is None:
             return None
-        stated = self.shapes.config.dtype
-        plain = (2 if stated is None else stated.itemsize) * (self.values - sum(self.linears))
-        return float(max(0, self.shapes.stored_bytes - plain))
+        return float(max(0, self.shapes.stored_bytes - base.stated_item * (base.values - base.matrices)))
 
     @property
     def held(self) -> int:
         """Bytes of the base as it is before a way of tuning packs it."""
-        plain = 0 if self.packed is None else sum(self.linears) * self.item
-        return round(self.weights - plain + (self.packed or 0.0))
+        plain = 0 if self.packed is None else self.network.matrices * self.item
+        return round(self.network.weights - plain + (self.packed or 0.0))
 
 
 class Forecast:
@@ -140,15 +95,14 @@ class Forecast:
     def trained(self, rank: int) -> int:
         """Trained values, a classifier's head among them."""
         setting, method, config = self.setting, self.method, self.setting.config
-        head, dims = setting.head, setting.dims
+        head, dims = setting.network.head, setting.network.dims
         match method:
             case "lora" | "qlora":
-                return sum(t.site.geometry.count(t.rank * rank // config.lora.r if t.rank else 0)
-                           for t in setting.targets)
+                return sum(place.count(place.rank * rank // config.lora.r) for place in setting.places)
             case "full":
-                return setting.values if setting.packed is None else 0
+                return setting.network.values if setting.packed is None else 0
             case "bitfit":
-                return setting.biases
+                return setting.network.biases
             case "preembed":
                 return counts.prompt(dims, config.virtual_tokens) + head
             case "prelayer":
@@ -168,36 +122,35 @@ class Forecast:
 
     def _weighed(self, rank: int) -> Sizes:
         setting, config = self.setting, self.setting.config
-        shapes, inside = setting.shapes, self.method in ("full", "bitfit")
-        text = shapes.config.get_text_config()
-        vocabulary, width = int(text.vocab_size), setting.dims.width
+        shapes, inside, base = setting.shapes, self.method in ("full", "bitfit"), setting.network
+        vocabulary, width = base.vocabulary, base.dims.width
         return Sizes(
-            weights=setting.weights, matrices=sum(setting.linears), largest=max(setting.linears),
-            largest_tensor=setting.largest_tensor, vocabulary=vocabulary, width=width,
+            weights=base.weights, matrices=base.matrices, largest=base.largest_matrix,
+            largest_tensor=base.largest_tensor, vocabulary=vocabulary, width=width,
             trained=self.trained(rank), trained_width=setting.item if inside else 4, inside=inside,
             trained_head=vocabulary * width if self.method == "full" and config.task == "causal-lm" else 0,
             packed=setting.packed, stored=shapes.stored_bytes, recast=shapes.stored_dtype not in (None, setting.dtype))
 
     def kept(self, at: At) -> float:
         """Bytes of activations when the forward is done."""
-        config, steps = self.setting.config, self.setting.steps
+        config, walks = self.setting.config, self.setting.walks
         b, n = config.batch_size, config.max_length
-        first = steps.at(self.method, b, n).kept
+        first = walks.at(self.method, b, n).kept
         if at.batch != b or at.length != n:
             c2 = self._quadratic()
             first = at.batch * at.length * (first / (b * n) + c2 * (at.length - n))
         tokens, item = at.batch * at.length, self.setting.item
         if self.method in ("lora", "qlora"):
-            first += (at.rank - config.lora.r) * tokens * item * sum(1 for t in self.setting.targets if t.rank)
-        layers = {"adapter-h": 2, "adapter-l": 1, "adapter-p": 1}.get(self.method, 0) * self.setting.dims.layers
-        return first + layers * tokens * item * (self.setting.dims.width + 2 * config.bottleneck)
+            first += (at.rank - config.lora.r) * tokens * item * sum(1 for place in self.setting.places if place.rank)
+        layers = {"adapter-h": 2, "adapter-l": 1, "adapter-p": 1}.get(self.method, 0) * self.setting.network.dims.layers
+        return first + layers * tokens * item * (self.setting.network.dims.width + 2 * config.bottleneck)
 
     def _quadratic(self) -> float:
         """c₂, of masks, which are the same in all ways of tuning: worked out for the first that asks."""
         setting, config = self.setting, self.setting.config
         if setting.quadratic is None:
             b, n, half = config.batch_size, config.max_length, max(2, config.max_length // 2)
-            first, second = (setting.steps.at(self.method, b, length).kept for length in (n, half))
+            first, second = (setting.walks.at(self.method, b, length).kept for length in (n, half))
             setting.quadratic = max(0.0, (first / n - second / half) / b / (n - half)) if n > half else 0.0
         return setting.quadratic
 
@@ -214,10 +167,11 @@ class Forecast:
             return memory.loading(sizes, config, self.method, item, framework, gpu=setting.gpu)
         if phase == "save":
             return memory.saving(sizes, config, self.method, item, framework, gpu=setting.gpu)
-        step = setting.steps.at(self.method, config.batch_size, config.max_length)
+        step = setting.walks.at(self.method, config.batch_size, config.max_length)
         share = at.batch * at.length / config.tokens
         if phase == "evaluate":
-            cache = 2 * setting.dims.layers * setting.dims.keys * item * at.batch * (at.length + config.max_new_tokens)
+            dims = setting.network.dims
+            cache = 2 * dims.layers * dims.keys * item * at.batch * (at.length + config.max_new_tokens)
             return memory.evaluation(sizes, config, self.method, item, framework, forward=step.forward * share,
                                      cache=float(cache), batch=at.batch, length=at.length, gpu=setting.gpu)
         return memory.training(sizes, config, self.method, item, framework, kept=self.kept(at),
@@ -241,7 +195,7 @@ class Forecast:
         setting, config = self.setting, self.setting.config
         if setting.device.here and setting.rates is None:
             return None
-        step = setting.steps.at(self.method, config.batch_size, config.max_length)
+        step = setting.walks.at(self.method, config.batch_size, config.max_length)
         sizes = self.sizes(config.lora.r)
         work = step_work(step.work, sizes, config, config.batch_size, config.max_length)
         if setting.rates is not None:
@@ -264,4 +218,4 @@ def _touching_again(config: PlanConfig) -> float:
     return TRIMMED if config.release_memory else 1.0
 
 
-_NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

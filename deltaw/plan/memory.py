@@ -14,9 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from deltaw.core.packed import STRIP
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
@@ -25,6 +22,8 @@ PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activati
 
 STRETCH_VALUES = 1 << 24
 """Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
+STRIP = 1 << 22
+"""Values of a packed weight that a CPU unpacks at once; as in `deltaw.core.packed`, which imports torch."""
 FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
 FRAMEWORK_MERGE = 400 << 20
@@ -212,6 +211,6 @@ def checkpoint_bytes(sizes: Sizes, config: PlanConfig) -> int:
     return round(2 * adapter_bytes(sizes) + state_bytes(sizes, config))
 
 
-def item_size(dtype: torch.dtype) -> int:
-    """Bytes of a value."""
-    return torch.empty((), dtype=dtype, device="meta").element_size()
+def item_size(dtype: str) -> int:
+    """Bytes of a value of this number format."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
-from deltaw.core import LoraConfig
+from deltaw.core.config import LoraConfig
 from deltaw.plan import counts
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import find_device
@@ -54,14 +52,14 @@ def setting(model: str, lora: LoraConfig, **options: object) -> Setting:
     """A published shape in 16 bits on a card."""
     task = "seq-cls" if model.startswith(("roberta", "deberta")) else "causal-lm"
     config = PlanConfig(**{"model": model, "task": task, "lora": lora, "device": "a100-80gb", **options})  # type: ignore[arg-type]
-    return Setting(config, read_shapes(model, task=task), find_device(config.device), torch.bfloat16, None)
+    return Setting(config, read_shapes(model, task=task), find_device(config.device), "bfloat16", None)
 
 
 def gpt3() -> Iterator[Row]:
     """Memory, checkpoints and a hundred tasks."""
     lora = LoraConfig(r=4, target_modules=("c_attn",), target_slices={"c_attn": "q-v"})
     base = setting("gpt3-175b", lora)
-    values, trained = base.values, Forecast(base, "lora").trained(4)
+    values, trained = base.network.values, Forecast(base, "lora").trained(4)
     frozen, whole = 2 * values, (2 + 2 + 2) * values
     yield Row("training memory, full fine-tuning", "1.2 TB", size(whole), judge(1.2e12, whole),
               "weights and both Adam moments in 16 bits, nothing else: the paper's \"up to 2/3\" is the share of the "
@@ -104,8 +102,8 @@ def qlora() -> Iterator[Row]:
     packed = Forecast(base, "qlora").peak("load").parts["weights"]
     yield Row("QLoRA, LLaMA-7B, 4-bit base", "5,048 MB", size(packed), judge(5048e6, packed),
               f"4.127 bits a weight of a linear layer, 16 bits an embedding. The published figure is "
-              f"{5048e6 * 8 / base.values:.1f} bits a parameter, which NF4 does not explain: with both embeddings in "
-              f"float32 it is {size(packed + 2 * 2 * 32000 * 4096)}")
+              f"{5048e6 * 8 / base.network.values:.1f} bits a parameter, which NF4 does not explain: with both "
+              f"embeddings in float32 it is {size(packed + 2 * 2 * 32000 * 4096)}")
     wide_count = Forecast(base, "qlora").trained(64)
     yield Row("QLoRA, LLaMA-7B, adapter", "26 MB", size(2 * wide_count), judge(26e6, 2 * wide_count),
               f"{wide_count:,} values in 16 bits. The paper counts 0.2 % of the base, which is about r=5 on all linear "
@@ -129,14 +127,15 @@ def tables() -> Iterator[Row]:
                                              "which the published scripts use")):
         names = ["query_proj", "value_proj"] if name.startswith("deberta") else _Q_V_BERT
         base = setting(name, LoraConfig(r=r, target_modules=tuple(names)))
-        count = Forecast(base, "lora").trained(r) - base.head
+        count = Forecast(base, "lora").trained(r) - base.network.head
         yield row_of(f"{name}, LoRA", published, count, why)
     twice = setting("deberta-v2-xxlarge", LoraConfig(r=16, target_modules=("query_proj", "value_proj")))
-    yield row_of("deberta-v2-xxlarge, LoRA", 4.7e6, Forecast(twice, "lora").trained(16) - twice.head, "r=16 on q and v")
+    count = Forecast(twice, "lora").trained(16) - twice.network.head
+    yield row_of("deberta-v2-xxlarge, LoRA", 4.7e6, count, "r=16 on q and v")
     for name, published in (("gpt2-medium", 0.35e6), ("gpt2-large", 0.77e6)):
         base = setting(name, LoraConfig(r=4, target_modules=("c_attn",), target_slices={"c_attn": "q-v"}))
         yield row_of(f"{name}, LoRA", published, Forecast(base, "lora").trained(4),
-                     f"r=4 on q and v. The published figure is 0.1 % of the base ({base.values / 1e9:.3f} G)")
+                     f"r=4 on q and v. The published figure is 0.1 % of the base ({base.network.values / 1e9:.3f} G)")
     for name, m, published in (("gpt2-medium", 6, 0.37e6), ("gpt2-medium", 224, 11.09e6), ("gpt2-large", 8, 0.88e6),
                                ("gpt2-large", 248, 23.0e6)):
         yield row_of(f"{name}, AdapterL", published, counts.lin(dims(name), m),
@@ -153,9 +152,10 @@ def _gpt3_counts() -> Iterator[Row]:
     """Table 4."""
     gpt3 = dims("gpt3-175b")
     base = setting("gpt3-175b", LoraConfig(r=1, target_modules=("c_attn",), target_slices={"c_attn": "q-v"}))
-    yield row_of("gpt3-175b, full", 175_255.8e6, base.values, "laid out as GPT-2 with a tied head; an untied head "
-                 f"gives {base.values + 50257 * 12288:,}")
-    yield row_of("gpt3-175b, BitFit", 14.2e6, base.biases, f"11 biases of width d in each layer and one at the end; "
+    whole = base.network
+    yield row_of("gpt3-175b, full", 175_255.8e6, whole.values, "laid out as GPT-2 with a tied head; an untied head "
+                 f"gives {whole.values + 50257 * 12288:,}")
+    yield row_of("gpt3-175b, BitFit", 14.2e6, whole.biases, f"11 biases of width d in each layer and one at the end; "
                  f"12·L·d = {12 * gpt3.layers * gpt3.width:,} would be the published figure")
     yield row_of("gpt3-175b, PreEmbed", 3.2e6, counts.prompt(gpt3, 256 + 8), "256 tokens before the prompt and 8 after")
     yield row_of("gpt3-175b, PreLayer", 20.2e6, counts.prelayer(gpt3, 8 + 8), "8 and 8 tokens by the paper's formula "

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from deltaw import bases
-from deltaw.bases.quantize import stored_quantization
 from deltaw.errors import BaseModelError
 from deltaw.plan import memory
-from deltaw.plan.calibrate import Rates, calibrate, known_rates
 from deltaw.plan.config import Method, PlanConfig, parse_memory
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device, find_device
 from deltaw.plan.fit import cheapest_change, largest
 from deltaw.plan.forecast import Forecast, Setting
 from deltaw.plan.memory import Memory, Phase
 from deltaw.plan.shapes import read_shapes
+
+if TYPE_CHECKING:
+    from deltaw.plan.calibrate import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +101,8 @@ def plan(config: PlanConfig, *, search: bool = True, calibrates: bool = False) -
     rates = _rates(config, device, dtype, calibrates)
     setting = Setting(config, shapes, device, dtype, rates)
     methods = tuple(_method(Forecast(setting, method), search=search) for method in config.methods)
-    return Plan(config=config, parameters=setting.values, weights=setting.held,
-                dtype=str(dtype).removeprefix("torch."), device=device, methods=methods,
+    return Plan(config=config, parameters=setting.network.values, weights=setting.held,
+                dtype=dtype, device=device, methods=methods,
                 notes=tuple(_notes(setting, methods)))
 
 
@@ -116,24 +114,37 @@ def loading(config: PlanConfig) -> tuple[Memory, Device]:
     return Forecast(setting, config.methods[0]).peak("load"), device
 
 
-def _dtype(config: PlanConfig, device: Device) -> torch.dtype:
+def _dtype(config: PlanConfig, device: Device) -> str:
+    """The number format of the base: "bfloat16", "float16" or "float32"."""
     if config.dtype == "auto" and not device.here and device.tflops is not None:
-        return torch.bfloat16 if "bf16" in device.tflops else torch.float16
-    return bases.choose_dtype(config.dtype, "cpu" if device.kind == "cpu" else "cuda")[0]
+        return "bfloat16" if "bf16" in device.tflops else "float16"
+    if config.dtype != "auto":
+        return _FORMATS.get(config.dtype, config.dtype)
+    from deltaw.bases import choose_dtype
+
+    return str(choose_dtype("auto", "cpu" if device.kind == "cpu" else "cuda")[0]).removeprefix("torch.")
 
 
-def _rates(config: PlanConfig, device: Device, dtype: torch.dtype, calibrates: bool) -> Rates | None:
+_FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _rates(config: PlanConfig, device: Device, dtype: str, calibrates: bool) -> Rates | None:
     if not device.here:
         return None
+    import torch
+
+    from deltaw.plan.calibrate import calibrate, known_rates
+
     threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or torch.get_num_threads()
-    return calibrate(dtype, threads) if calibrates else known_rates(dtype, threads)
+    return (calibrate if calibrates else known_rates)(getattr(torch, dtype), threads)
 
 
 def _method(forecast: Forecast, *, search: bool) -> MethodPlan:
     """One column; of a base whose step cannot be followed, the counts and files alone."""
     setting, config = forecast.setting, forecast.setting.config
     sizes = forecast.sizes(config.lora.r)
-    sites = {t.site.name: t.parameters for t in setting.targets} if forecast.method in ("lora", "qlora") else {}
+    places = setting.places if forecast.method in ("lora", "qlora") else ()
+    sites = {place.name: place.count(place.rank) for place in places}
     files: dict[str, Any] = {"adapter_bytes": memory.adapter_bytes(sizes),
                              "checkpoint_bytes": memory.checkpoint_bytes(sizes, config)}
     counted = MethodPlan(method=forecast.method, parameters=sizes.trained, sites=sites, **files)
@@ -165,18 +176,17 @@ def _notes(setting: Setting, methods: tuple[MethodPlan, ...]) -> list[str]:
             found.append(f"{device.name} is sold with several sizes of memory: give its own with --memory")
     elif setting.rates is None:
         found.append("time is not known: measure this machine once with `deltaw plan --calibrate` (under two minutes)")
-    if setting.shapes.converted:
+    if setting.shapes.gguf is not None:
         found.append("a GGUF file is converted once before it is first used; that takes its float32 size in memory")
     if any(m.parameters and not m.memory for m in methods):
         found.append("a step of this base cannot be followed without data: its parameters are counted, its memory "
                      "is not known")
-    quantized = stored_quantization(setting.shapes.config)
-    if quantized is not None:
-        found.append(f"the base is quantized already ({quantized}) and stays so: qlora is lora here, and the packed "
-                     "values cannot be trained")
-    longest = setting.shapes.positions
-    if longest is not None and setting.config.max_length > longest:
-        found.append(f"the base takes {longest:,} tokens; training refuses a larger max_length")
+    base = setting.network
+    if base.quantized is not None:
+        found.append(f"the base is quantized already ({base.quantized}) and stays so: qlora is lora here, and the "
+                     "packed values cannot be trained")
+    if base.positions is not None and setting.config.max_length > base.positions:
+        found.append(f"the base takes {base.positions:,} tokens; training refuses a larger max_length")
     idle = [m.method for m in methods if not m.parameters]
     if idle:
         found.append(f"{', '.join(idle)}: this base has nothing for it to train")

@@ -5,37 +5,52 @@ No weight is read, and of the Hub nothing is fetched but a config and the first 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from deltaw.bases.quiet import quiet_transformers
-from deltaw.bases.sources import PACKAGE, Place, find_base, read_config
 from deltaw.errors import BaseModelError, Fault, near
 from deltaw.plan.architectures import ARCHITECTURES
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from deltaw.bases.sources import Place
+
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
          "I8": 8, "U8": 8, "BOOL": 8}
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """What is known of a base without its weights."""
 
     source: str
     """The base as it was asked for."""
-    config: Any
-    """Its config, as transformers has it."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What its config.json says; nothing of a GGUF file."""
+    task: str = "causal-lm"
+    num_labels: int = 2
     stored_bytes: int = 0
     """Size of its weights on disk; 0 where there are none."""
-    stored_dtype: torch.dtype | None = None
+    stored_dtype: str | None = None
     """Number format of most of them."""
-    converted: bool = False
-    """Whether its file has to be converted first, as a GGUF file is."""
+    gguf: Place | None = None
+    """The GGUF file that it is read from, which has to be converted first."""
+
+    @cached_property
+    def config(self) -> Any:
+        """Its config, as transformers has it; raises BaseModelError where it makes none of these values."""
+        found = _from_values(self.source, dict(self.values)) if self.gguf is None else _from_gguf(self.gguf)
+        if self.task == "seq-cls":
+            found.num_labels = self.num_labels
+            if found.pad_token_id is None:
+                found.pad_token_id = 0
+        return found
 
     @property
     def layers(self) -> int:
@@ -57,7 +72,10 @@ class Shapes:
 
     def skeleton(self, task: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
         """The network with shapes and no values, all of it or its first layers; frozen, in training mode."""
+        import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        from deltaw.bases.quiet import quiet_transformers
 
         config = self.config if layers is None else _cut(self.config, layers)
         auto: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
@@ -73,45 +91,43 @@ class Shapes:
 
 def read_shapes(model: str, *, task: str = "causal-lm", num_labels: int = 2) -> Shapes:
     """What is known of the base `model`; raises BaseModelError where its shapes cannot be found."""
+    about: dict[str, Any] = {"source": model, "task": task, "num_labels": num_labels}
     if model in ARCHITECTURES:
-        found = Shapes(source=model, config=_from_values(model, dict(ARCHITECTURES[model])))
-    elif is_local(model):
-        found = _local(model, find_base(model))
-    else:
-        found = _hub(model)
-    if task == "seq-cls":
-        found.config.num_labels = num_labels
-        if found.config.pad_token_id is None:
-            found.config.pad_token_id = 0
-    return found
+        return Shapes(**about, values=ARCHITECTURES[model])
+    return Shapes(**about, **(_local(model) if is_local(model) else _hub(model)))
 
 
 def is_local(model: str) -> bool:
-    """Whether this names files of this machine, and no Hub repository."""
+    """Whether this names files of this machine, and no Hub repository (`owner/name`, or a name alone)."""
+    from deltaw.bases.sources import PACKAGE
+
     path = Path(model).expanduser()
-    return model.startswith(PACKAGE) or path.exists() or path.suffix.lower() == ".gguf" or model.count("/") != 1
+    return model.startswith(PACKAGE) or path.exists() or path.suffix.lower() == ".gguf" or model.count("/") > 1
 
 
-def _local(model: str, place: Place) -> Shapes:
-    if place.gguf is not None:
-        return Shapes(source=model, config=_from_gguf(place), stored_bytes=place.gguf.stat().st_size, converted=True)
+def _local(model: str) -> dict[str, Any]:
+    """What files of this machine say: fields of `Shapes`."""
+    from deltaw.bases.sources import find_base, read_config
     from deltaw.merge.checkpoint import read_checkpoint
 
-    tensors = read_checkpoint(place.folder).tensors.values()
+    place = find_base(model)
+    if place.gguf is not None:
+        return {"gguf": place, "stored_bytes": place.gguf.stat().st_size}
     sizes: dict[str, int] = {}
-    for tensor in tensors:
+    for tensor in read_checkpoint(place.folder).tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
-    return Shapes(source=model, config=_from_values(model, read_config(place)), stored_bytes=sum(sizes.values()),
-                  stored_dtype=_most(sizes))
+    return {"values": read_config(place), "stored_bytes": sum(sizes.values()), "stored_dtype": _most(sizes)}
 
 
-def _most(sizes: dict[str, int]) -> torch.dtype | None:
+def _most(sizes: dict[str, int]) -> str | None:
     return _STORED.get(max(sizes, key=lambda name: sizes[name], default=""))
 
 
 def _from_gguf(place: Place) -> Any:
     """The config that a GGUF file's header amounts to."""
     from transformers import AutoConfig
+
+    from deltaw.bases.quiet import quiet_transformers
 
     assert place.gguf is not None
     try:
@@ -122,10 +138,12 @@ def _from_gguf(place: Place) -> Any:
                                    "a GGUF file of an architecture that transformers converts")) from error
 
 
-def _hub(model: str) -> Shapes:
-    """Config and headers of a Hub repository."""
+def _hub(model: str) -> dict[str, Any]:
+    """Config and headers of a Hub repository: fields of `Shapes`."""
     import huggingface_hub
     from huggingface_hub import errors
+
+    from deltaw.bases.sources import Place, read_config
 
     where = f"base '{model}'"
     try:
@@ -146,13 +164,14 @@ def _hub(model: str) -> Shapes:
     place = Place(model, "hub", Path(file).parent)
     sizes: dict[str, int] = {dtype: count * _BITS.get(dtype, 16) // 8
                              for dtype, count in metadata.parameter_count.items()}
-    return Shapes(source=model, config=_from_values(model, read_config(place)), stored_bytes=sum(sizes.values()),
-                  stored_dtype=_most(sizes))
+    return {"values": read_config(place), "stored_bytes": sum(sizes.values()), "stored_dtype": _most(sizes)}
 
 
 def _from_values(model: str, values: dict[str, Any]) -> Any:
     """The config that transformers makes of these values."""
     from transformers import CONFIG_MAPPING, AutoConfig
+
+    from deltaw.bases.quiet import quiet_transformers
 
     kind = values.pop("model_type", None)
     if kind not in CONFIG_MAPPING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,68 +23,24 @@ from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault
 from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.counts import biases, with_task
+from deltaw.plan.found import Point, Step
 from deltaw.plan.shapes import Shapes
-from deltaw.plan.tape import Tape, Work, as_on_cpu, tensors_of
+from deltaw.plan.tape import Tape, as_on_cpu, tensors_of
 from deltaw.switch import attach
 
 ROOM = 1
 """Tokens of the look that finds which layers share their input."""
 
 
-class Point(NamedTuple):
-    """What a step is asked at."""
-
-    method: Method
-    batch: int
-    length: int
-    rank: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """Bytes and work of one forward and backward pass, without logits and weights."""
-
-    kept: float
-    """Activations alive when the forward is done."""
-    over: float
-    """What the backward pass has alive on top of them at its highest."""
-    forward: float
-    """Most bytes alive in a forward pass that keeps nothing for a backward one."""
-    work: Work
-    """Of forward and backward."""
-    forward_work: Work
-    """Of the forward alone."""
-
-    def grown(self, shorter: Step, times: float) -> Step:
-        """This with `times` more of what it has over a shorter one. What is alive for a moment stays as it is."""
-        return Step(kept=self.kept + times * (self.kept - shorter.kept), over=self.over, forward=self.forward,
-                    work=self.work.plus(self.work.plus(shorter.work, -1.0), times),
-                    forward_work=self.forward_work.plus(self.forward_work.plus(shorter.forward_work, -1.0), times))
-
-
 class Steps:
-    """Steps of one base under one config; each point is run once."""
+    """Steps of one base under one config."""
 
     def __init__(self, shapes: Shapes, config: PlanConfig, dtype: torch.dtype) -> None:
         self.shapes, self.config, self.dtype = shapes, config, dtype
-        self._known: dict[tuple[str, Point], Step] = {}
-        self._forwards: dict[tuple[int, int, int], float] = {}
-
-    def under(self, config: PlanConfig) -> Steps:
-        """The same steps for a config that differs in batch, length and gradient checkpointing only."""
-        other = Steps(self.shapes, config, self.dtype)
-        other._known, other._forwards = self._known, self._forwards
-        return other
 
     def at(self, method: Method, batch: int, length: int, rank: int | None = None) -> Step:
         """A step of this many examples of this length, of the whole network."""
-        kind: Method = "lora" if method == "qlora" else "preembed" if method in (
-            "prelayer", "adapter-h", "adapter-l", "adapter-p") else method
-        point = Point(kind, batch, length, rank or self.config.lora.r)
-        key = (self.config.gradient_checkpointing, point)
-        if key not in self._known:
-            self._known[key] = self._whole(point)
-        return self._known[key]
+        return self._whole(Point.of(method, batch, length, rank or self.config.lora.r))
 
     def _whole(self, point: Point) -> Step:
         layers, period = self.shapes.layers, self.shapes.period
@@ -99,10 +55,7 @@ class Steps:
             with quiet_transformers(), torch.random.fork_rng(devices=[]), as_on_cpu():
                 config = replace(self.config, lora=replace(self.config.lora, r=point.rank, layers_to_transform=None))
                 step = _step(model, config, point)
-                where = (point.batch, point.length, layers)
-                if where not in self._forwards:  # what is tuned hardly matters to a forward that keeps nothing
-                    self._forwards[where] = _forward_alone(model, config, point)
-                return replace(step, forward=self._forwards[where])
+                return replace(step, forward=_forward_alone(model, config, point))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise BaseModelError(Fault(
                 f"base '{self.shapes.source}'", f"a step of it cannot be followed without data "

@@ -8,12 +8,10 @@ architecture is written anywhere.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -23,39 +21,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deltaw.plan.found import Work
+
 _aten = torch.ops.aten
 _CREATING = {"empty", "zeros", "ones", "full", "new_empty", "new_zeros", "empty_like", "zeros_like", "arange"}
 _BACKWARD_OF_ATTENTION = 2.5
 """Products in the backward pass of attention for each product of its forward: five for two."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What operations cost, by class. Matrix products by (batch, M, N, K), the others by the bytes they move."""
-
-    products: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
-    attention: float = 0.0
-    """Multiplications and additions inside fused attention."""
-    moved: float = 0.0
-    """Bytes read and written by everything that is no product."""
-    calls: float = 0.0
-    """Operations started."""
-
-    @property
-    def flops(self) -> float:
-        """Multiplications and additions of all products and of attention."""
-        return self.attention + sum(2.0 * math.prod(shape) * times for shape, times in self.products.items())
-
-    def __add__(self, other: Work) -> Work:
-        return self.plus(other, 1.0)
-
-    def plus(self, other: Work, times: float) -> Work:
-        """This and `times` the other."""
-        products: Counter[tuple[int, int, int, int]] = Counter(self.products)
-        for shape, count in other.products.items():
-            products[shape] += count * times  # type: ignore[assignment]  # a share of a layer is no whole number
-        return Work(products, self.attention + times * other.attention, self.moved + times * other.moved,
-                    self.calls + times * other.calls)
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

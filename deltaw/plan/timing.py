@@ -12,12 +12,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from deltaw.plan.calibrate import Rates
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
+from deltaw.plan.found import Work
 from deltaw.plan.memory import STRETCH_VALUES, Sizes
-from deltaw.plan.tape import Work
+
+if TYPE_CHECKING:
+    from deltaw.plan.calibrate import Rates
 
 _PASSES_OF_LOSS = 8
 """Times that a stretch's logits are read or written by the loss and its gradient."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.core import LoraConfig
-from deltaw.core.packed import STRIP
+from deltaw.core import LoraConfig, packed
 from deltaw.errors import BaseModelError, ConfigError
 from deltaw.plan import Plan, PlanConfig, plan
 from deltaw.plan.calibrate import Rates, calibrate, known_rates
 from deltaw.plan.config import parse_memory
 from deltaw.plan.devices import DEVICES, available_memory, find_device
 from deltaw.plan.fit import last
-from deltaw.plan.memory import Sizes, base_weights, training
+from deltaw.plan.memory import STRIP, Sizes, base_weights, training
 from deltaw.plan.published import page
 from deltaw.plan.table import lines
 from deltaw.plan.tape import Work
@@ -30,8 +29,10 @@ SMALL = PlanConfig(model="smollm2-135m", device="rtx3060", batch_size=2, max_len
 
 
 @pytest.fixture(scope="module")
-def small() -> Plan:
-    return plan(SMALL)
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTAW_HOME", str(tmp_path_factory.mktemp("plans")))
+        yield plan(SMALL)
 
 
 def test_what_is_said_to_fit_fits_and_one_more_does_not(small: Plan) -> None:
@@ -105,8 +106,9 @@ def test_devices_by_name_and_near_names() -> None:
     assert find_device("cpu").memory == pytest.approx(available_memory(), rel=0.2)
     assert find_device("t4", 10**9).memory == 10**9
     assert "bf16" not in (DEVICES["t4"].tflops or {})
-    with pytest.raises(ConfigError, match="rtx4090"):
-        find_device("rtx490")
+    for name, meant in (("rtx490", "rtx4090"), ("h10", "h100")):
+        with pytest.raises(ConfigError, match=rf"one of auto.*Did you mean {meant}"):
+            find_device(name)
 
 
 @pytest.mark.parametrize("text", ["", "14 potatoes", "-1GB", "nanGB", "GB"])
@@ -154,10 +156,11 @@ SIZES = Sizes(weights=100 << 20, matrices=20 << 20, largest=8 << 20, largest_ten
 
 def test_a_processor_unpacks_strips_and_a_gpu_whole_layers() -> None:
     config = replace(SMALL, quantize="nf4")
+    assert STRIP == packed.STRIP
     assert base_weights(SIZES, config, "qlora", 4, gpu=False)[1] == 4 * STRIP
-    packed, buffer = base_weights(SIZES, config, "qlora", 2, gpu=True)
+    base, buffer = base_weights(SIZES, config, "qlora", 2, gpu=True)
     assert buffer == 2 * (8 << 20)
-    assert packed == pytest.approx((100 << 20) - 2 * (20 << 20) + (20 << 20) * 4.127 / 8)
+    assert base == pytest.approx((100 << 20) - 2 * (20 << 20) + (20 << 20) * 4.127 / 8)
     assert base_weights(SIZES, config, "lora", 2, gpu=True) == (100 << 20, 0.0)
 
 
@@ -289,8 +292,9 @@ def test_a_repository_without_headers_and_one_out_of_reach(monkeypatch: pytest.M
     def refuse(repo: str) -> None:
         raise NotASafetensorsRepoError("none")
 
-    with pytest.raises(BaseModelError, match=r"cannot be read from the Hub.*llama-7b"):
-        plan(PlanConfig(model="someone/llama-7"))
+    for name in ("someone/llama-70b", "llama-70b"):
+        with pytest.raises(BaseModelError, match=r"Hub.*one of gpt3-175b.*Did you mean llama3-70b, llama2-70b"):
+            plan(PlanConfig(model=name, device="h100"))
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", refuse)
     with pytest.raises(BaseModelError, match="has no safetensors headers"):
         plan(PlanConfig(model="someone/pickled"))

@@ -1,0 +1,156 @@
+"""What is found where a network is laid out without values and a step is run on it: plain numbers.
+
+They can be written and read as JSON, and need neither torch nor the network to be reckoned with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from deltaw.plan.config import Method
+from deltaw.plan.counts import Dimensions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """The sizes of a base."""
+
+    values: int
+    """Values of the base, a tied one once."""
+    weights: int
+    """Bytes of the base in its number format, buffers included."""
+    matrices: int
+    """Values of the matrices that a quantizer takes: linear layers that are no output layer."""
+    largest_matrix: int
+    largest_tensor: int
+    """Values of the base's largest tensor."""
+    head: int
+    """Values of a classifier's head."""
+    biases: int
+    """Values that BitFit trains."""
+    vocabulary: int
+    positions: int | None
+    """The longest sequence that it takes, where it states one."""
+    quantized: str | None
+    """The method by which its files are quantized already."""
+    stated_item: int
+    """Bytes of a value in the number format that its config states."""
+    dims: Dimensions
+    """The sizes that closed forms take."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, answer: dict[str, Any]) -> Network:
+        """The same from plain JSON values."""
+        return cls(**{**answer, "dims": Dimensions(**answer["dims"])})
+
+
+class Place(NamedTuple):
+    """One site of a low-rank change, as far as sizes go."""
+
+    name: str
+    rank: int
+    """0 for a bias or a module that is trained in full."""
+    each: int
+    """Trained values of each rank; of a bias or a module, all of them."""
+    most: int
+    """The rank above which nothing is gained."""
+
+    def count(self, rank: int) -> int:
+        """Trained values at another rank: low-rank factors grow with it, and the rest stays."""
+        return self.each * rank if self.rank else self.each
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What operations cost, by class. Matrix products by (batch, M, N, K), the others by the bytes they move."""
+
+    products: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    attention: float = 0.0
+    """Multiplications and additions inside fused attention."""
+    moved: float = 0.0
+    """Bytes read and written by everything that is no product."""
+    calls: float = 0.0
+    """Operations started."""
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of all products and of attention."""
+        return self.attention + sum(2.0 * math.prod(shape) * times for shape, times in self.products.items())
+
+    def __add__(self, other: Work) -> Work:
+        return self.plus(other, 1.0)
+
+    def plus(self, other: Work, times: float) -> Work:
+        """This and `times` the other."""
+        products: Counter[tuple[int, int, int, int]] = Counter(self.products)
+        for shape, count in other.products.items():
+            products[shape] += count * times  # type: ignore[assignment]  # a share of a layer is no whole number
+        return Work(products, self.attention + times * other.attention, self.moved + times * other.moved,
+                    self.calls + times * other.calls)
+
+    def to_json(self) -> list[Any]:
+        """Plain JSON values, products in their order."""
+        return [[[*shape, count] for shape, count in self.products.items()], self.attention, self.moved, self.calls]
+
+    @classmethod
+    def from_json(cls, answer: Sequence[Any]) -> Work:
+        """The same from plain JSON values."""
+        products, attention, moved, calls = answer
+        return cls(Counter({(b, m, n, k): count for b, m, n, k, count in products}), attention, moved, calls)
+
+
+class Point(NamedTuple):
+    """What a step is asked at."""
+
+    method: Method
+    batch: int
+    length: int
+    rank: int
+
+    @classmethod
+    def of(cls, method: Method, batch: int, length: int, rank: int) -> Point:
+        """The point with the way of tuning whose step is the same, sizes apart that closed forms add."""
+        kind: Method = "lora" if method == "qlora" else "preembed" if method in (
+            "prelayer", "adapter-h", "adapter-l", "adapter-p") else method
+        return cls(kind, batch, length, rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Bytes and work of one forward and backward pass, without logits and weights."""
+
+    kept: float
+    """Activations alive when the forward is done."""
+    over: float
+    """What the backward pass has alive on top of them at its highest."""
+    forward: float
+    """Most bytes alive in a forward pass that keeps nothing for a backward one."""
+    work: Work
+    """Of forward and backward."""
+    forward_work: Work
+    """Of the forward alone."""
+
+    def grown(self, shorter: Step, times: float) -> Step:
+        """This with `times` more of what it has over a shorter one. What is alive for a moment stays as it is."""
+        return Step(kept=self.kept + times * (self.kept - shorter.kept), over=self.over, forward=self.forward,
+                    work=self.work.plus(self.work.plus(shorter.work, -1.0), times),
+                    forward_work=self.forward_work.plus(self.forward_work.plus(shorter.forward_work, -1.0), times))
+
+    def to_json(self) -> list[Any]:
+        """Plain JSON values."""
+        return [self.kept, self.over, self.forward, self.work.to_json(), self.forward_work.to_json()]
+
+    @classmethod
+    def from_json(cls, answer: Sequence[Any]) -> Step:
+        """The same from plain JSON values."""
+        kept, over, forward, work, forward_work = answer
+        return cls(kept=kept, over=over, forward=forward, work=Work.from_json(work),
+                   forward_work=Work.from_json(forward_work))

@@ -1,0 +1,90 @@
+"""What a plan asks of a base: answered from what is kept, and else by laying the base out and running a step on it.
+
+A question is everything that its answer depends on: the base's config, the number format, and the options that a step
+looks at. Importing torch and transformers takes most of a plan's time, and only an answer that is not kept needs them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from deltaw.plan.config import Method, PlanConfig
+from deltaw.plan.found import Network, Place, Point, Step
+from deltaw.plan.kept import keep, recall
+from deltaw.plan.shapes import Shapes
+
+if TYPE_CHECKING:
+    from deltaw.plan.survey import Survey
+
+_Found = TypeVar("_Found")
+
+
+class Walks:
+    """The network, the sites and the steps of one base under one config; each is found once."""
+
+    def __init__(self, shapes: Shapes, config: PlanConfig, dtype: str) -> None:
+        self.shapes, self.config, self.dtype = shapes, config, dtype
+        self._steps: dict[tuple[str, Point], Step] = {}
+
+    def under(self, config: PlanConfig) -> Walks:
+        """The same for a config that differs in batch, length and gradient checkpointing only."""
+        other = Walks(self.shapes, config, self.dtype)
+        other._steps = self._steps
+        for name in ("network", "places", "_survey"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    @cached_property
+    def network(self) -> Network:
+        """What the base weighs."""
+        return self._answer({"what": "network"}, lambda: self._survey.network().to_json(), Network.from_json)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where the low-rank change goes; warns where the config's ranks are of no use."""
+        def look() -> Any:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                return {"places": self._survey.places(self.config), "said": [str(w.message) for w in said]}
+
+        def read(answer: Any) -> tuple[list[Place], list[str]]:
+            return [Place(*place) for place in answer["places"]], list(map(str, answer["said"]))
+
+        places, said = self._answer({"what": "places", "lora": self.config.lora.to_dict()}, look, read)
+        for message in said:
+            warnings.warn(message, stacklevel=2)
+        return tuple(places)
+
+    def at(self, method: Method, batch: int, length: int) -> Step:
+        """A step of this many examples of this length, of the whole network."""
+        config = self.config
+        point = Point.of(method, batch, length, config.lora.r)
+        key = (config.gradient_checkpointing, point)
+        if key not in self._steps:
+            asked = {"what": "step", "method": point.method, "batch": batch, "length": length,
+                     "packing": config.packing, "supervised": config.supervised,
+                     "gradient_checkpointing": config.gradient_checkpointing,
+                     "lora": config.lora.to_dict() if point.method == "lora" else None}
+            self._steps[key] = self._answer(asked, lambda: self._survey.step(config, point).to_json(), Step.from_json)
+        return self._steps[key]
+
+    def _answer(self, asked: dict[str, Any], look: Callable[[], Any], read: Callable[[Any], _Found]) -> _Found:
+        """The answer to a question, read the same way whether it was kept or is new."""
+        shapes = self.shapes
+        if shapes.gguf is not None:  # its config stands in a file that only transformers reads
+            return read(look())
+        asked |= {"base": dict(shapes.values), "task": shapes.task, "dtype": self.dtype,
+                  "num_labels": shapes.num_labels if shapes.task == "seq-cls" else None}
+        found = recall(asked, shapes.source, read)
+        return read(keep(asked, look())) if found is None else found
+
+    @cached_property
+    def _survey(self) -> Survey:
+        """The base, laid out when it is first asked for."""
+        from deltaw.plan.survey import Survey
+
+        return Survey(self.shapes, self.dtype)
