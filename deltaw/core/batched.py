@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.core.bank import Place
-from deltaw.core.kernels import Stripped, output_for, write_product
+from deltaw.core.kernels import Stripped, gradient_of_B, output_for, write_product
 from deltaw.core.methods import lora
 from deltaw.core.stacks import BankStacks, Stacks
 
@@ -280,7 +280,7 @@ def _one_segment(x_SI: Tensor, h_SR: Tensor, g: Sequence[Tensor | None], dx_SI: 
     for (i, scale), dA, h in zip(part, torch.split(dh_SR.t() @ x_SI, [len(a) for a in A]), _split(h_SR, A),
                                  strict=True):
         g_SO = g[i]
-        grads += (None, None) if g_SO is None else (dA, (g_SO.t() @ h).mul_(scale))
+        grads += (None, None) if g_SO is None else (dA, gradient_of_B(g_SO, h).mul_(scale))
     return grads
 
 

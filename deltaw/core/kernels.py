@@ -254,9 +254,14 @@ def _through_factors(x_NI: Tensor | None, g: Sequence[Tensor | None], A: Sequenc
         if H is None:
             assert x_NI is not None  # it was kept instead of H
             H = x_NI @ _stack(A, x_NI.dtype).t()
-        dB = [None if g_NO is None else (g_NO.t() @ h_NR).mul_(scale).to(B_OR.dtype)
+        dB = [None if g_NO is None else gradient_of_B(g_NO, h_NR).mul_(scale).to(B_OR.dtype)
               for g_NO, h_NR, scale, B_OR in zip(g, torch.split(H, ranks, 1), scales, B, strict=True)]
     return dA, dB
+
+
+def gradient_of_B(g_NO: Tensor, h_NR: Tensor) -> Tensor:
+    """gᵀ h (O, R). Rows of R numbers leave a processor's vectors half empty: it makes the transposed product."""
+    return (h_NR.t() @ g_NO).t().contiguous() if g_NO.device.type == "cpu" else g_NO.t() @ h_NR
 
 
 def _through_weight(x_NI: Tensor, g: Sequence[Tensor | None], A: Sequence[Tensor], B: Sequence[Tensor],

