@@ -262,7 +262,7 @@ class Switchboard:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The live parameters of an adapter, by site and tensor ("layers.0.q_proj.lora_A"); for an optimizer."""
-        places = {(t.site.host, t.site.parameter): t.site for t in self._targets[name]}
+        places = {(t.site.host, t.site.parameter): t.site for t in self.table(name)}
         found: dict[str, nn.Parameter] = {}
         for host, path, slot in self.slots(name):
             site = places[host, path]
