@@ -138,6 +138,20 @@ def test_rates_are_measured_once_and_read_back(tmp_path: Path, monkeypatch: pyte
     assert known_rates(torch.float32, 1) is None
 
 
+def test_a_round_in_which_the_machine_was_busy_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deltaw.plan.calibrate as module
+
+    def figures(speed: float) -> dict[str, Any]:
+        return {"narrow_output": {8: 4 * speed, 64: 9.0}, "narrow_inner": {8: speed}, "attention": speed,
+                "bytes": {4096: speed}, "unpack": speed, "start": 1 / speed}
+
+    rounds = iter([figures(1.0), figures(5.0)])
+    monkeypatch.setattr(module, "_round", lambda dtype: next(rounds))
+    found = calibrate(torch.float32, 1)
+    assert (found.narrow_output, found.start, found.unpack) == ({8: 20.0, 64: 9.0}, 0.2, 5.0)
+
+
+
 def test_time_is_work_by_rate() -> None:
     rates = Rates(narrow_output={8: 1e9, 512: 16e9}, narrow_inner={8: 1e9, 512: 16e9}, attention=2e9,
                   bytes={1: 1e9, 1 << 20: 1e9}, start=0.0)
