@@ -9,10 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deltaw.core.home import home
-
-__all__ = ["home", "keep"]
-
 _STALE_S = 6 * 3600
 
 

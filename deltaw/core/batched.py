@@ -125,7 +125,7 @@ class _Plan:
         """The segments in runs that are computed at once: from the one, up to the other."""
         at, count = 0, len(self.spans)
         for first, stop in pairwise([0, *(s for s in range(1, count) if not self._is_next_row(s)), count]):
-            if stop - first > 1 and BankStacks.fits(self.places[first]):
+            if stop - first > 1 and self._lies_in_bank(first):
                 yield from self._stretch(at, first)
                 yield first, stop
                 at = stop
@@ -147,6 +147,10 @@ class _Plan:
             return False
         (one, *_), (other, *_) = self.places[s - 1:s + 1]
         return one.bank is other.bank and one.row + 1 == other.row
+
+    def _lies_in_bank(self, first: int) -> bool:
+        """Whether a run of several segments that begins here is taken from its bank as it lies there."""
+        return self._is_next_row(first + 1) and BankStacks.fits(self.places[first])
 
     def _continues(self, s: int) -> bool:
         """Whether a segment lies right after the one before it, is as long, and neither draws dropout."""
@@ -170,7 +174,7 @@ class _Plan:
 
     def stacks(self, first: int, stop: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Stacks:
         """The factors of a run of several segments."""
-        if self._is_next_row(first + 1) and BankStacks.fits(self.places[first]):
+        if self._lies_in_bank(first):
             return BankStacks(self.places[first:stop], self.parts[first:stop], dtype)
         return Stacks(self.parts[first:stop], self.outputs, factors, dtype)
 

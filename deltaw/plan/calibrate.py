@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from deltaw.bases.kept import home
 from deltaw.bases.packing import pack_4bit
+from deltaw.core.home import home
 from deltaw.core.packed import Packed, Workspace
 from deltaw.store.atomic import replace_folder
 

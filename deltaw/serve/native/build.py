@@ -11,7 +11,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from deltaw.bases.kept import home, keep
+from deltaw.bases.kept import keep
+from deltaw.core.home import home
 
 SOURCES = ("step.c", "job.h", "layer.h", "product.h", "rows.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
