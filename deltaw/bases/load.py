@@ -30,6 +30,7 @@ from deltaw.bases.quantize import (
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.bases.sources import Place, find_base, read_config
 from deltaw.bases.unpacked import ask_for_weights, unpack
+from deltaw.core.packed import keep_order
 from deltaw.errors import BaseModelError, ConfigError, DeltawError, Fault, near
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def load_base(
         loaded, fresh = _model(place, task, config, chosen, torch.device(device), trust_remote_code, wanted)
     assert loaded is not None
     assert tokenizer is not None
+    keep_order(loaded)
     _name(loaded, place)
     quantized = stored_quantization(loaded.config) if wanted is None else str(wanted)
     if packed and not quantized:

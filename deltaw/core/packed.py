@@ -16,7 +16,7 @@ import ctypes
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -157,6 +157,40 @@ def packed_tensor(weight: Tensor) -> Packed | None:
             return None
         return Packed(state.quant_type, weight.data, (int(state.shape[0]), int(state.shape[1])), state.absmax, state)
     return _packed_8bit(weight, getattr(weight, "SCB", None)) if isinstance(weight, library.nn.Int8Params) else None
+
+
+_REORDERS = "support_avx512bf16_for_cpu"
+
+
+def keep_order(model: nn.Module) -> list[nn.Module]:
+    """Let no 4-bit layer of the model be reordered any more; those that would have been.
+
+    On a processor with bfloat16 products (AVX512-BF16) bitsandbytes lays a layer's codes out anew at its first
+    evaluation and rounds its scales to bfloat16, for good. From then on its values are others, it passes no gradient
+    on, without a word, and a layer with fewer inputs than a block is an error.
+    """
+    layers = [module for module in _four_bit_layers(model) if getattr(module, _REORDERS, False)]
+    for layer in layers:
+        setattr(layer, _REORDERS, False)
+    return layers
+
+
+def may_reorder(layers: Iterable[nn.Module]) -> None:
+    """Undo `keep_order`."""
+    for layer in layers:
+        setattr(layer, _REORDERS, True)
+
+
+def reordered(model: nn.Module) -> list[str]:
+    """Names of the 4-bit layers whose codes bitsandbytes has laid out anew."""
+    names = {module: name for name, module in model.named_modules()}
+    return [names[layer] for layer in _four_bit_layers(model)
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)]
+
+
+def _four_bit_layers(model: nn.Module) -> list[nn.Module]:
+    library = sys.modules.get("bitsandbytes")  # not imported: then nothing is packed by it
+    return [] if library is None else [m for m in model.modules() if isinstance(m, library.nn.Linear4bit)]
 
 
 def numbers_in(parameter: Tensor) -> int:

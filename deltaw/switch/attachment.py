@@ -9,6 +9,7 @@ from torch import nn
 
 from deltaw.bases.original import Source
 from deltaw.core import Adapter, LoraConfig
+from deltaw.core.packed import reordered
 from deltaw.errors import Fault, StateError
 from deltaw.inject import strip
 from deltaw.switch import pretrained
@@ -35,6 +36,12 @@ def attach(model: nn.Module, adapter: LoraConfig | Adapter, name: str = "default
     if isinstance(getattr(model, BOARD, None), Switchboard):
         raise StateError(Fault("attach()", "this model has a switchboard already", "a model without one",
                                "Use deltaw.board(model).add(name, ...)"))
+    out_of_order = reordered(model)
+    if out_of_order:
+        raise StateError(Fault("attach()", f"bitsandbytes has reordered the codes of {len(out_of_order)} layers for "
+                               f"evaluation on this processor, '{out_of_order[0]}' first, which pass no gradient since",
+                               "4-bit layers as they were loaded", "Load the base anew, and attach before its first "
+                               "forward in evaluation mode; a base from deltaw.load_base is never reordered"))
     board = Switchboard(model, compute_dtype=compute_dtype)
     board.add(name, adapter, seed=seed, trainable=trainable, dtype=dtype, any_base=any_base, partial=partial,
               original=original)

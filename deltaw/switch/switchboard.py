@@ -30,6 +30,7 @@ from deltaw.errors import BaseMismatchError, ConfigError, Fault, StateError, nea
 from deltaw.inject import Hosts, SiteMap, Target, find_sites, resolve
 from deltaw.switch import merging, own_weights, values
 from deltaw.switch.describe import describe
+from deltaw.switch.frozen import Frozen
 
 
 class Switchboard:
@@ -46,7 +47,7 @@ class Switchboard:
         self._merged: merging.Merged | None = None
         self._own = own_weights.OwnWeights()
         self._fingerprints: dict[tuple[str, ...], bases.Fingerprint] = {}
-        self._trained_before: list[torch.Tensor] = []
+        self._frozen = Frozen()
 
     # -- which adapters there are ------------------------------------------------------------------------------------
 
@@ -236,14 +237,11 @@ class Switchboard:
 
     def freeze_base(self) -> None:
         """Stop gradients to all of the base's parameters, remembering which had them."""
-        self._trained_before = [p for _, p in self._base_parameters() if p.requires_grad]
-        for parameter in self._trained_before:
-            parameter.requires_grad_(False)
+        self._frozen.freeze(self.model, [parameter for _, parameter in self._base_parameters()])
 
     def thaw_base(self) -> None:
         """Let the base's parameters have gradients again where they had them before `freeze_base`."""
-        for parameter in self._trained_before:
-            parameter.requires_grad_(True)
+        self._frozen.thaw()
 
     def share_inputs(self, forward: Callable[[], object]) -> list[tuple[str, ...]]:
         """Watch one forward, and from now on compute linear layers that get one tensor together, under training.

@@ -122,8 +122,9 @@ def _placed(adapter: Adapter, site: Site, delta: SiteDelta, hosts: Hosts, dtype:
             trainable: bool) -> Placed:
     if site.kind == "saved":
         copied = hosts.pristine_copy(site.host)
-        homes = {k: t.device for k, t in copied.state_dict().items()}  # a file's tensors are on the CPU
-        copied.load_state_dict({k: t.to(homes[k], copy=True) for k, t in delta.tensors.items()}, assign=True)
+        own_state = copied.state_dict()  # a file's tensors are on the CPU, and in the dtype that they were trained in
+        copied.load_state_dict({k: t.to(own_state[k].device, own_state[k].dtype, copy=True)
+                                for k, t in delta.tensors.items()}, assign=True)
         return Placed(site, None, _train(copied, dtype, trainable))
     base = hosts.model.get_submodule(site.host).get_parameter(site.parameter)
     device = base.device if base.device.type != "meta" else torch.device("cpu")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaw.core.packed import reordered
 from deltaw.errors import DoctorError, Fault, NonFiniteError
 from deltaw.train.checksum import checksum, checksums
 from deltaw.train.tuning import Tuning, base_parameters, frozen_tensors
@@ -66,6 +67,12 @@ class Doctor:
         if others:
             faults.append(Fault("the base", f"is trainable at {_listed(others)}", "only the tuning's tensors trainable",
                                 "Freeze them with requires_grad_(False), or name their module in modules_to_save"))
+        without = reordered(self.tuning.model)
+        if without:
+            faults.append(Fault("the base", f"passes no gradient through {_listed(without)}, which bitsandbytes has "
+                                "reordered for evaluation on this processor", "4-bit layers as they were loaded",
+                                "Load the base anew and attach before its first forward in evaluation mode; a base "
+                                "from deltaw.load_base is never reordered"))
         if faults:
             raise DoctorError(*faults)
         if self.base is None:

@@ -16,7 +16,7 @@ import deltaw
 from deltaw import LoraConfig
 from deltaw.core.layers import plain_layers
 from deltaw.core.packed import Packed, packed_weight
-from deltaw.errors import StateError
+from deltaw.errors import DoctorError, StateError
 from tests.device import DEVICE, ON_CPU, randn
 from tests.laws.dense import error, fill, same
 from tests.laws.test_undo import snapshot
@@ -43,6 +43,7 @@ def quantized(kind: str, dtype: torch.dtype) -> nn.Sequential:
         layer = bnb.nn.Linear4bit(64, 32, compute_dtype=dtype, quant_type=kind)
         layer.weight = bnb.nn.Params4bit(plain.weight.data, requires_grad=False, quant_type=kind, module=layer)
     layer.bias = nn.Parameter(plain.bias.data)
+    layer.support_avx512bf16_for_cpu = False  # what a first evaluation makes of the codes is tested by itself
     try:
         model = nn.Sequential(layer.to(DEVICE), head.to(DEVICE, dtype))  # moving is what quantizes
         model(torch.zeros(2, 64, dtype=dtype, device=DEVICE))
@@ -76,6 +77,44 @@ def test_output_routing_and_undo(kind: str, dtype: torch.dtype) -> None:
     deltaw.detach(model)
     assert snapshot(model) == before
     assert torch.equal(model(x), plain)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="bitsandbytes reorders codes on a CPU")
+def test_codes_are_not_reordered_while_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized("nf4", torch.float32)
+    moved = []
+
+    def reorder(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
+        moved.append(codes)
+        return codes, state
+
+    monkeypatch.setattr(bnb.nn.modules, "_convert_weight_packed_for_cpu", reorder)
+    model[0].support_avx512bf16_for_cpu = True  # as on a processor with AVX512-BF16
+    x = randn(4, 64)
+    model(x)
+    assert len(moved) == 1  # bitsandbytes by itself
+    board = deltaw.attach(model, LoraConfig(r=4, target_modules=["1"]), "a", seed=0)
+    model(x)
+    board.use(None)
+    model(x)
+    assert len(moved) == 1
+    deltaw.detach(model)
+    assert model[0].support_avx512bf16_for_cpu is True
+
+
+def test_no_run_starts_over_codes_that_were_reordered() -> None:
+    from deltaw.train.doctor import Doctor
+    from deltaw.train.tuning import LoraTuning
+
+    model = quantized("nf4", torch.float32)
+    board = deltaw.attach(model, LoraConfig(r=4), "a", seed=0)
+    Doctor(LoraTuning(board, "a")).start()
+    model[0].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(DoctorError, match="no gradient through 0, which bitsandbytes has reordered"):
+        Doctor(LoraTuning(board, "a")).start()
+    deltaw.detach(model)
+    with pytest.raises(StateError, match=r"reordered the codes of 1 layers .* '0' first"):
+        deltaw.attach(model, LoraConfig(r=4), "a", seed=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import deltaw
+from deltaw.core.packed import keep_order
 from deltaw.errors import BaseModelError, ConfigError, StateError
 from deltaw.merge import merge_files
 from tests.merge.test_merge_files import gpt2, llama, output, tensors
@@ -36,7 +37,9 @@ def load(folder: Path, kind: str = "", dtype: torch.dtype = torch.float32) -> An
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind[:3],
                                     bnb_4bit_use_double_quant=kind.endswith("double"))
     options = {"quantization_config": config, "device_map": "cpu"} if config else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    keep_order(model)  # whatever this processor is
+    return model
 
 
 def value_of(host: Any) -> Tensor:

@@ -154,3 +154,13 @@ def test_a_snapshot_is_a_copy() -> None:
     fill(deltaw.attach(model(), taken, "b"), "b", seed=9)
     assert all(torch.equal(t, before[name][k]) for name, site in taken.sites.items() for k, t in site.tensors.items())
     assert not torch.equal(board.adapter("a").sites["0"].A, before["0"]["lora_A"])
+
+
+def test_a_head_that_was_trained_in_float32_runs_in_the_bases_dtype() -> None:
+    network = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    deltaw.attach(network, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]), "a", seed=0)
+    value = deltaw.board(network).adapter("a")
+    narrow = deltaw.detach(network).bfloat16()
+    board = deltaw.attach(narrow, value, "a", any_base=True)
+    assert narrow(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert board.parameters("a")["1.weight"].dtype == torch.bfloat16
