@@ -20,7 +20,8 @@ def projections(outputs: Sequence[int], inputs: int = 12, rank: int = 3, dtype: 
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return randn(shape, generator=generator, dtype=torch.float64)
+        # Outputs near 1: the sine of a large number makes much of how it was rounded.
+        return randn(shape, generator=generator, dtype=torch.float64) / shape[-1]**0.5
 
     made = []
     for i, width in enumerate(outputs):
