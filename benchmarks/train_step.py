@@ -31,6 +31,7 @@ from where import add_options
 import deltaw
 from deltaw.bases import choose_dtype
 from deltaw.bases.gated import gated_modules, product_made_again
+from deltaw.bases.packed_attention import packed_attention
 from deltaw.train.compile import compiled_layers
 from deltaw.train.cross_entropy import Terms
 from deltaw.train.objective import CausalLoss, ClassLoss
@@ -76,6 +77,8 @@ class Sides:
 
         board.share_inputs(look)
         self.stack.enter_context(product_made_again(gated_modules(model, look)))
+        if self.task is not None:
+            self.stack.enter_context(packed_attention(model))
         parameters = board.parameters("default")
         self.factors = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer = adamw(parameters, learning_rate=1e-4)

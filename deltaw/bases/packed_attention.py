@@ -6,24 +6,26 @@ examples have to be kept apart, here by running it over each by itself. transfor
 where examples begin, from the model's forward down to its attention function, and lets us name that function. Without
 such places it is transformers' own.
 
-The loop over examples is one opaque operation on a CPU, so that a compiled layer has no break in the middle. Neighbours
-of one length, which lie evenly in the row, are one call of torch's kernel there: a call for each of many short ones is
-mostly overhead.
+The loop over examples is one opaque operation on a CPU, so that a compiled layer has no break in the middle. Several
+examples are one call of torch's kernel there, or of our own where that is quicker (`blocked_attention`), which then
+serves rows without places and padding as well.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.bases import blocked_attention
 from deltaw.bases.any_length import attention_of_any_length
+from deltaw.bases.packed_rows import Padded, evenly, together
 
 NAME = "deltaw"
 PLACES = "cu_seq_lens_q"
@@ -72,7 +74,9 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     """Attention of queries (B, heads, T, D) over keys and values (B, KV heads, T, D), as (B, T, heads, D)."""
     if not torch.compiler.is_compiling() and _seen and module not in _seen[-1]:
         _seen[-1].append(module)
-    places = kwargs.pop(PLACES, None)
+    places, scale = kwargs.pop(PLACES, None), query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if places is None and _is_plainly_causal(module, query, key, value, attention_mask, dropout, kwargs):
+        return torch.ops.deltaw.packed_attention(query, key, value, None, scale)[0], None
     if places is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -80,10 +84,19 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
                                                           scaling=scaling, **kwargs)
         return out
     window = kwargs.get("sliding_window")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if query.device.type in ("cpu", "meta") and not dropout and not window and query.shape[-1] == value.shape[-1]:
         return torch.ops.deltaw.packed_attention(query, key, value, places, scale)[0], None
     return _each(query, key, value, places, dropout, scale, window), None
+
+
+def _is_plainly_causal(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                       dropout: float, others: dict[str, Any]) -> bool:
+    """Whether rows without places are causal throughout, and quicker in blocks."""
+    causal = others.get("is_causal")
+    return (blocked_attention.is_quicker(query) and mask is None and not dropout and others.get("position_bias") is None
+            and others.get("cache") is None and others.get("softcap") is None
+            and bool(getattr(module, "is_causal", True) if causal is None else causal)
+            and query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -108,60 +121,102 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (back >= 0) & (back < window)
 
 
-def _of_one_length(places: Tensor) -> Iterator[tuple[slice, int]]:
-    """Parts of the row whose examples all have one length, and that length."""
-    for length, spans in groupby(pairwise(places.tolist()), lambda span: span[1] - span[0]):
-        edges = [edge for span in spans for edge in span]
-        yield slice(edges[0], edges[-1]), length
-
-
-def _side_by_side(t: Tensor, part: slice, length: int) -> Tensor:
-    """A part of t (1, heads, T, ...) as (examples, heads, length, ...); a view."""
-    if part.stop - part.start == length:
-        return t[:, :, part]
-    return t[0, :, part].view(t.shape[1], -1, length, *t.shape[3:]).transpose(0, 1)
-
-
 @torch.library.custom_op("deltaw::packed_attention", mutates_args=())
-def _packed(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (1, T, heads, D) and log-sum-exp (1, T, heads)."""
-    _, heads, tokens, width = query.shape
-    out = query.new_empty(tokens, heads, width)
-    lse = torch.empty(tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-    for part, length in _of_one_length(places):
-        o, s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_side_by_side(t, part, length) for t in (query, key, value)), 0.0, True, scale=scale)
-        out[part], lse[part] = o.transpose(1, 2).flatten(0, 1), s.transpose(1, 2).flatten(0, 1)
-    return out[None], lse[None]
+def _packed(query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output (B, T, heads, D) and log-sum-exp (B, T, heads), which blocks leave at zero.
+
+    With places B is 1 and they tell examples apart; without, each row is an example.
+    """
+    out, lse = _made(query)
+    inputs = (query, key, value)
+    if not blocked_attention.is_quicker(query):
+        assert places is not None  # of rows without places, `attend` sends here only what blocks are for
+        for same in evenly(places):
+            out[0, same.part], lse[0, same.part] = (
+                t.transpose(1, 2).flatten(0, 1) for t in _flash(scale, *(same.taken(t) for t in inputs)))
+        return out, lse
+    y = out.transpose(1, 2)
+    if places is None:
+        _causal(scale, *inputs, y, lse.transpose(1, 2))
+        return out, lse
+    for one in together(places, blocked_attention.LONGEST):
+        if isinstance(one, Padded):
+            copies = [one.taken(t) for t in inputs]
+            part = torch.empty_like(copies[0])
+            blocked_attention.forward(scale, copies[0], copies[1], copies[2], part)
+            one.put(out[0], part)
+        else:
+            _causal(scale, *(one.taken(t) for t in (*inputs, y, lse.transpose(1, 2))))
+    return out, lse
 
 
 @_packed.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _, heads, tokens, width = query.shape
+def _(query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _made(query)
+
+
+def _made(query: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, width = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(1, tokens, heads, width), query.new_empty(1, tokens, heads, dtype=wide)
+    return query.new_empty(batch, tokens, heads, width), query.new_zeros(batch, tokens, heads, dtype=wide)
+
+
+def _flash(scale: float, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's kernel: y as q, and its log-sum-exp."""
+    y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return y, lse
+
+
+def _causal(scale: float, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> None:
+    """Write y, in blocks; of long examples with torch's kernel, and lse."""
+    if q.shape[2] <= blocked_attention.LONGEST:
+        blocked_attention.forward(scale, q, k, v, y)
+    else:
+        y[:], lse[:] = _flash(scale, q, k, v)
 
 
 @torch.library.custom_op("deltaw::packed_attention_backward", mutates_args=())
 def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                     places: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+                     places: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each laid out tokens first."""
-    dq, dk, dv = (torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format)
-                  for t in (query, key, value))
+    made = _made_backward(query, key, value)
+    targets = [t.transpose(1, 2) for t in made]
     whole = (grad.transpose(1, 2), query, key, value, out.transpose(1, 2), lse.transpose(1, 2))
-    for part, length in _of_one_length(places):
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_side_by_side(t, part, length) for t in whole), 0.0, True, scale=scale)
-        for target, gradient in zip((dq, dk, dv), grads, strict=True):
-            target[0, part] = gradient.transpose(1, 2).flatten(0, 1)
-    return dq, dk, dv
+    if places is None:
+        _causal_backward(whole, scale, targets)
+        return made
+    for one in together(places, blocked_attention.LONGEST) if blocked_attention.is_quicker(query) else evenly(places):
+        if isinstance(one, Padded):
+            copies = [one.taken(t) for t in whole[1:4]]
+            parts = [torch.empty_like(t) for t in copies]
+            blocked_attention.backward(scale, one.cleared(whole[0]), *copies, *parts)
+            for target, part in zip(made, parts, strict=True):
+                one.put(target[0], part)
+        else:
+            _causal_backward([one.taken(t) for t in whole], scale, [one.taken(t) for t in targets])
+    return made
 
 
 @_packed_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, places: Tensor,
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, places: Tensor | None,
       scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    made = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)]
-    return made[0], made[1], made[2]
+    return _made_backward(query, key, value)
+
+
+def _made_backward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in inputs)
+    return dq, dk, dv
+
+
+def _causal_backward(whole: Sequence[Tensor], scale: float, targets: Sequence[Tensor]) -> None:
+    """Write dq, dk and dv from g, q, k, v, y and lse, as `_causal` wrote y."""
+    query = whole[1]
+    if blocked_attention.is_quicker(query) and query.shape[2] <= blocked_attention.LONGEST:
+        blocked_attention.backward(scale, *whole[:4], *targets)
+        return
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*whole, 0.0, True, scale=scale)
+    for target, gradient in zip(targets, gradients, strict=True):
+        target[:] = gradient
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

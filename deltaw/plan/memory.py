@@ -128,8 +128,8 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
         return 0.0
     rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
     values = rows * sizes.vocabulary
-    buffers = values * (item if item >= 4 else item + 4)  # where dtypes allow, log p takes the place of the logits
-    buffers += values * 4 if gpu else 0  # a GPU takes all logarithms at once, and they need a place before that one
+    # log p takes the place of the logits, or is computed beside them: of a few rows, on a GPU of all.
+    buffers = values * (item if item >= 4 or not gpu else item + 4)
     if not learns:
         return buffers
     hidden = batch * length * config.supervised * sizes.width * item

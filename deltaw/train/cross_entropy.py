@@ -3,8 +3,9 @@
     ℓ = (1-ε)·(lse(z) - z_t) + ε·(lse(z) - mean z) + ζ·lse(z)²        z = head(h), t the next token
 
 The logits of 1,024 tokens over a vocabulary of 49,152 take 200 MB, and plain autograd makes that four times. Here both
-the loss and its gradient are computed while a stretch's logits are at hand, in float32 or wider, in one buffer (or two,
-where logits are narrower) that all stretches use. For a frozen linear head the gradient is written out,
+the loss and its gradient are computed while a stretch's logits are at hand, in one buffer that all stretches use, and
+where logits are narrower than float32 in a second one, which on a processor is a few rows and stays in its cache. For
+a frozen linear head the gradient is written out,
 
     dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,
 
@@ -25,8 +26,18 @@ from deltaw.core.layers import CHILD, AdaptedLinear
 
 STRETCH_VALUES = 1 << 24
 """Logits that exist at once: 64 MB of float32."""
-_BLOCK = 32
+_BLOCK = 16
 """Rows of a stretch whose logarithms are taken at once by a processor, in its cache; a GPU takes them all."""
+
+
+def stretch_of(tokens: int, vocabulary: int) -> int:
+    """Tokens whose logits exist at once: all stretches of a batch but the last have as many.
+
+    >>> stretch_of(1024, 49152), stretch_of(5, 49152)
+    (256, 5)
+    """
+    most = max(1, STRETCH_VALUES // vocabulary)
+    return -(-tokens // -(-tokens // most)) if tokens else most
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +167,7 @@ class _Sums:
         self.dh_NI = torch.empty_like(h_NI) if gradients else None
         self.d_trained: list[Tensor | None] = [None] * len(trained)
         total = torch.zeros((), dtype=torch.float64, device=h_NI.device)
-        plain, rows = layer.is_plain, max(1, STRETCH_VALUES // layer.vocabulary)
+        plain, rows = layer.is_plain, stretch_of(len(h_NI), layer.vocabulary)
         self.buffers: dict[str, Tensor] = {}
         for start in range(0, len(h_NI), rows):
             stretch = slice(start, start + rows)
@@ -172,32 +183,41 @@ class _Sums:
             torch.mm(h_NI, W_VI.t(), out=z_NV)
             if b_V is not None:
                 z_NV += b_V
-            column_N1 = targets_N.unsqueeze(1)
-            z_target_N1 = z_NV.gather(1, column_N1).to(self.wide)
-            # Where dtypes allow, log p takes the place of the logits: block by block, since nothing may be both.
-            log_p_NV = z_NV if z_NV.dtype == self.wide else self.buffer("log p", len(h_NI), len(W_VI), self.wide)
             block = _BLOCK if z_NV.is_cpu else max(1, len(z_NV))
-            for z, log_p in zip(torch.split(z_NV, block), torch.split(log_p_NV, block), strict=True):
-                log_p.copy_(z.log_softmax(1, dtype=self.wide))
-            log_p_target_N1 = log_p_NV.gather(1, column_N1)
-            lse_N1 = z_target_N1 - log_p_target_N1
-            eps, zeta = self.terms.smoothing, self.terms.z_loss
-            loss_N1 = -(1 - eps) * log_p_target_N1
-            if eps:
-                loss_N1 -= eps * log_p_NV.mean(1, keepdim=True)
-            if zeta:
-                loss_N1 += zeta * lse_N1.square()
+            losses_N1 = [self.block(z, column) for z, column in
+                         zip(torch.split(z_NV, block), torch.split(targets_N.unsqueeze(1), block), strict=True)]
             if self.dh_NI is not None:
-                dz_NV = log_p_NV.exp_()
-                if zeta:
-                    dz_NV *= 1 + 2 * zeta * lse_N1
-                if eps:
-                    dz_NV -= eps / len(W_VI)
-                dz_NV.scatter_add_(1, column_N1, torch.full_like(loss_N1, eps - 1))
-                torch.mm(dz_NV if dz_NV.dtype == h_NI.dtype else z_NV.copy_(dz_NV), W_VI, out=self.dh_NI[stretch])
+                torch.mm(z_NV, W_VI, out=self.dh_NI[stretch])
+            loss_N1 = torch.cat(losses_N1)
             if self.losses is not None:
                 self.losses.append(loss_N1.squeeze(1))
             return loss_N1.sum(dtype=torch.float64)
+
+    def block(self, z_NV: Tensor, column_N1: Tensor) -> Tensor:
+        """The loss (N, 1) of some logits, whose place their gradient takes."""
+        log_p_NV = z_NV
+        if z_NV.dtype != self.wide:
+            log_p_NV = self.buffer("log p", len(z_NV), z_NV.shape[1], self.wide).copy_(z_NV)
+        z_target_N1 = log_p_NV.gather(1, column_N1)
+        torch.log_softmax(log_p_NV, 1, out=log_p_NV)
+        log_p_target_N1 = log_p_NV.gather(1, column_N1)
+        lse_N1 = z_target_N1 - log_p_target_N1
+        eps, zeta = self.terms.smoothing, self.terms.z_loss
+        loss_N1 = -(1 - eps) * log_p_target_N1
+        if eps:
+            loss_N1 -= eps * log_p_NV.mean(1, keepdim=True)
+        if zeta:
+            loss_N1 += zeta * lse_N1.square()
+        if self.dh_NI is not None:
+            dz_NV = log_p_NV.exp_()
+            if zeta:
+                dz_NV *= 1 + 2 * zeta * lse_N1
+            if eps:
+                dz_NV -= eps / z_NV.shape[1]
+            dz_NV.scatter_add_(1, column_N1, torch.full_like(loss_N1, eps - 1))
+            if dz_NV is not z_NV:
+                z_NV.copy_(dz_NV)
+        return loss_N1
 
     def any(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
         """A stretch through whatever the output layer is."""
