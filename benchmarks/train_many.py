@@ -235,7 +235,7 @@ def many_adapters(where: Where, base: bases.Base, repeats: int, *, tokens: int, 
             made = jobs(where, Path(folder), [lora] * number, count // number, tokens // count)
             with TrainMany(made, ManyConfig(out=f"{folder}/set", control=False), base=base, quiet=True) as many:
                 shared(many)
-                rounds(many, tokens, 2)  # after which the doctor has seen what it wants to
+                rounds(many, tokens, 3)  # after which the doctor has seen what it wants to, and memory is there
                 times[number] += [where.seconds(lambda: rounds(many, tokens, 1)) for _ in range(repeats)]
     ours, one = (statistics.median(times[number]) for number in (count, 1))
     return Case(f"{count} adapters, a step of {tokens} tokens", "s", ours, one, "1 adapter", 1.25)

@@ -22,7 +22,7 @@ import torch
 from deltaw.train.checkpoint import Checkpoints
 from deltaw.train.doctor import Doctor
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
-from deltaw.train.memory import give_back
+from deltaw.train.memory import give_back, settled
 from deltaw.train.objective import Objective
 from deltaw.train.optimizer import take_step
 from deltaw.train.row_adamw import gradient_norm
@@ -97,7 +97,7 @@ class Run:
         """All steps, one after the other; see `fit`."""
         self.start()
         self.tuning.model.train()
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, settled():
             while not self.is_done:
                 began = time.perf_counter()
                 drawn = self.draw()

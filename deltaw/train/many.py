@@ -35,7 +35,7 @@ from deltaw.train.job_checks import Loader, check_jobs, load_jobs, of_job
 from deltaw.train.jobs_record import Record
 from deltaw.train.many_config import ManyConfig
 from deltaw.train.many_result import ManyResult
-from deltaw.train.memory import give_back
+from deltaw.train.memory import give_back, settled
 from deltaw.train.objective import CausalLoss
 from deltaw.train.passes import gradients
 from deltaw.train.prepare import Choices, Preparation
@@ -92,6 +92,7 @@ class TrainMany:
             self.ended = {job.name: self.record.result(job) for job in self.given if self.record.is_over(job.name)}
             if todo:
                 self._load(todo, stack)
+            stack.enter_context(settled())
             self._stack = stack.pop_all()
         return self
 

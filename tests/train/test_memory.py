@@ -10,6 +10,7 @@ import pytest
 
 import deltaw
 from deltaw.train import train_many
+from deltaw.train.memory import settled
 from tests.train.many_sets import Make, config_maker, together
 
 HOLES = """
@@ -58,3 +59,18 @@ def test_memory_is_given_back_once_a_step(make: Make, tmp_path: Path, monkeypatc
     assert len(calls) == 6
     deltaw.train(make("none", max_steps=3), quiet=True)
     assert len(calls) == 6
+
+
+def test_the_collector_passes_over_what_was_there_before() -> None:
+    import gc
+
+    class Node:
+        pass
+
+    mine = Node()
+    assert any(other is mine for other in gc.get_objects())
+    with settled():
+        assert not any(other is mine for other in gc.get_objects())
+        later = Node()
+        assert any(other is later for other in gc.get_objects())
+    assert any(other is mine for other in gc.get_objects())
