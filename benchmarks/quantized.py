@@ -1,6 +1,6 @@
 """QLoRA (nf4, double quantization) beside our LoRA over 16 bits, and beside peft with bitsandbytes.
 
-    python benchmarks/quantized.py [--quick] [--only time,memory-bf16,memory-fp32,load] [--shape 0.5b|1b|7b]
+    python benchmarks/quantized.py [--quick] [--only time-fp32,time-bf16,memory-bf16,...] [--shape 0.5b|1b|7b]
                                    [--device cpu|cuda] [--rows 1 --tokens 512]
 
 Qwen2.5-0.5B's shapes with random weights, TinyLlama-1.1B's or Llama-2-7B's; all-linear r=8, every token learned from.
@@ -9,8 +9,8 @@ Qwen2.5-0.5B's shapes with random weights, TinyLlama-1.1B's or Llama-2-7B's; all
 Memory is the most that a fresh process held (VmHWM), loading included, less what it held after its imports ("training
 memory"); layers are computed again in the backward pass on all sides. QLoRA and LoRA are both computed in bf16, with
 16-bit embeddings, as on hardware that has bf16 instructions.
-Time is measured in fp32 on all sides, since processors without bf16 instructions emulate them: QLoRA beside LoRA over
-fp32 weights, which is the faster of the two unquantized ways here. All activations are kept.
+Time is measured in fp32 on all sides, beside LoRA over fp32 weights, and in bf16 where the processor multiplies it
+natively and does not emulate it. All activations are kept.
 
 On a GPU everything is in bf16, peft's factors too, as it is faster and smaller so; memory is the most that the GPU's
 allocator had given out in a fresh process, loading included (what it held is printed beside it).
@@ -36,10 +36,12 @@ from big_model import high_water
 from pairs import Case, report, timed
 from shapes import LINEAR, SHAPES, batch_of, model_of
 
+from deltaw.bases import choose_dtype
+
 MB = 1e6
 Step = Callable[[], float]
 NAMES = {"0.5b": "qwen", "1b": "llama1b", "7b": "llama7b"}
-CASES = {"cpu": "time,memory-bf16,memory-fp32,load", "cuda": "time,memory-bf16,load"}
+CASES = {"cpu": "time-fp32,time-bf16,memory-bf16,memory-fp32,load", "cuda": "time-bf16,memory-bf16,load"}
 
 
 def write_model(folder: Path, shape: str, layers: int, device: str) -> None:
@@ -185,9 +187,12 @@ def load_cases(folder: Path, size: tuple[int, int], device: str) -> list[Case]:
     return cases
 
 
-def time_cases(folder: Path, size: tuple[int, int], device: str, repeats: int) -> list[Case]:
+def time_cases(folder: Path, dtype: str, size: tuple[int, int], device: str, repeats: int) -> list[Case]:
     """Seconds of a step of each side, in turns, after a turn that is not counted (on a GPU three)."""
-    dtype, warm = ("bf16", 3) if device == "cuda" else ("fp32", 1)
+    if device == "cpu" and dtype == "bf16" and choose_dtype("auto", device)[0] != torch.bfloat16:
+        print("  time-bf16: left out, this processor does not multiply bfloat16 natively")
+        return []
+    warm = 3 if device == "cuda" else 1
     qlora, board = ours(folder, dtype, "nf4", size, device, recompute=False)
     factors = {name: p.detach().clone() for name, p in board.parameters("default").items()}
     steps = {"qlora": qlora, "lora": ours(folder, dtype, None, size, device, recompute=False)[0],
@@ -239,7 +244,8 @@ def main() -> int:
         for name in (args.only or CASES[device]).split(","):
             kind, _, dtype = name.partition("-")
             if kind == "time":
-                cases += time_cases(folder, size, device, args.repeats or (20 if device == "cuda" else 3))
+                repeats = args.repeats or (20 if device == "cuda" else 3)
+                cases += time_cases(folder, dtype or "fp32", size, device, repeats)
             elif kind == "memory":
                 cases += memory_cases(folder, dtype, size, device)
             else:

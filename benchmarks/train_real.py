@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="four steps, one round")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=DATA, help="a folder of instructions with answers, as JSONL")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--vs", default="both", choices=["peft", "trl", "both"])
     parser.add_argument("--batches", default="length", choices=["length", "random"], help="how examples come together")
