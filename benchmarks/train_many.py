@@ -415,7 +415,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--only", default="same,mixed,large,short,peft,count,nf4,sweep", help="some of these cases")
     parser.add_argument("--child", choices=["one", "eight"], help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, default=DATA, help="a folder of instructions with answers; banking77 lies beside it")
+    parser.add_argument("--data", type=Path, default=DATA, help="instructions with answers; banking77 lies beside it")
     add_options(parser, dtype="fp32")
     args = parser.parse_args()
     where, gpu = Where(args.device, chosen(args)), args.device == "cuda"
