@@ -54,6 +54,7 @@ def packed_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+        blocked_attention.release()
 
 
 @contextmanager

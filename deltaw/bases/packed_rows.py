@@ -72,9 +72,9 @@ def evenly(places: Tensor) -> Iterator[Evenly]:
 
 
 def together(places: Tensor, longest: int) -> Sequence[Evenly | Padded]:
-    """Examples that are attended to in one call, where one may be copied: a call more, or tokens more.
+    """All examples, those in one call for which padding to the longest costs less than calls of their own.
 
-    Those that are longer than `longest` have a call of their own.
+    Those with more than `longest` tokens have a call each.
     """
     return _together(tuple(places.tolist()), longest)
 
