@@ -41,16 +41,17 @@ def test_the_main_job(smollm2: Path, tmp_path: Path) -> None:
     trained: dict[str, Any] = json.loads(out)
     assert trained["after"]["loss"] < trained["before"]["loss"] / 2
 
-    code, out, err = shell(tmp_path, "eval", "--adapter", "mine", "--data", "valid.jsonl", "--json")
+    code, out, err = shell(tmp_path, "eval", "--adapter", "mine", "--data", "valid.jsonl", "--dtype", "fp32", "--json")
     assert code == 0, err
     figures = json.loads(out)
     assert figures["base_figures"]["loss"] == pytest.approx(trained["before"]["loss"], rel=1e-4)
     assert figures["adapter_figures"]["loss"] == pytest.approx(trained["after"]["loss"], rel=1e-4)
 
-    code, answer, err = shell(tmp_path, "generate", "--adapter", "mine", "--max-new-tokens", 8, stdin=QUESTION)
+    code, answer, err = shell(tmp_path, "generate", "--adapter", "mine", "--dtype", "fp32", "--max-new-tokens", 8,
+                              stdin=QUESTION)
     assert (code, err) == (0, "")
 
-    code, out, err = shell(tmp_path, "chat", "--adapter", "mine", "--max-new-tokens", 8,
+    code, out, err = shell(tmp_path, "chat", "--adapter", "mine", "--dtype", "fp32", "--max-new-tokens", 8,
                            stdin=f"{QUESTION}\n/off\n/reset\n{QUESTION}\n")
     assert code == 0, err
     assert out.splitlines()[0].strip() == answer.strip()
