@@ -70,9 +70,9 @@ def release() -> None:
 
 
 @cache
-def _diagonal(block: int) -> Tensor:
-    """What is added to the scores of a block with itself: (block, block), -inf above the diagonal."""
-    return torch.full((block, block), -torch.inf).triu_(1)
+def _diagonal() -> Tensor:
+    """What is added to the scores of a block with itself: (BLOCK, BLOCK), -inf above the diagonal."""
+    return torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,14 @@ class _Keys:
     at: tuple[slice, slice]
     """Which examples and heads they are."""
 
-    def blocks(self) -> Iterator[tuple[slice, int, int]]:
-        """The queries of each block, how many they are, and where their keys end."""
+    def blocks(self) -> Iterator[slice]:
+        """The queries of each block; its keys end where they do."""
         tokens = self.q.shape[3]
-        for start in range(0, tokens, BLOCK):
-            end = min(start + BLOCK, tokens)
-            yield slice(start, end), end - start, end
+        return (slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK))
+
+    def by_head(self, rows_NRD: Tensor) -> Tensor:
+        """Rows of a block's products (pairs, rows, D) as (examples, KV heads, queries of a head of keys, ..., D)."""
+        return rows_NRD.view(*self.q.shape[:3], -1, rows_NRD.shape[2])
 
     def probabilities(self, q_NRD: Tensor, k_NDT: Tensor, queries: slice) -> Tensor:
         """P (pairs, rows, keys) of a block, float32, in memory of its own; k is scaled."""
@@ -100,7 +102,7 @@ class _Keys:
         P = torch.bmm(q_NRD, k_NDT[:, :, :queries.stop], out=_memory.take("P", torch.float32, pairs, rows,
                                                                           queries.stop))
         count = queries.stop - queries.start
-        P.view(pairs, -1, count, queries.stop)[..., queries].add_(_diagonal(BLOCK)[:count, :count])
+        P.view(pairs, -1, count, queries.stop)[..., queries].add_(_diagonal()[:count, :count])
         return torch.softmax(P, -1, out=P)
 
 
@@ -127,12 +129,12 @@ def forward(scale: float, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
     for part in _parts(q, k, v):
         k_NDT = _memory.filled("k", torch.float32, part.k).mul_(scale).transpose(1, 2)
         v_NTD = _memory.filled("v low", q.dtype, part.v)
-        for queries, count, end in part.blocks():
+        for queries in part.blocks():
             q_NRD = _memory.filled("q", torch.float32, part.q[..., queries, :])
             P = part.probabilities(q_NRD, k_NDT, queries)
             low = _memory.take("P low", q.dtype, *P.shape).copy_(P)
-            out = torch.bmm(low, v_NTD[:, :end], out=_memory.take("y", q.dtype, *q_NRD.shape))
-            y_grouped[part.at][..., queries, :] = out.view(*part.q.shape[:3], count, -1)
+            out = torch.bmm(low, v_NTD[:, :queries.stop], out=_memory.take("y", q.dtype, *q_NRD.shape))
+            y_grouped[part.at][..., queries, :] = part.by_head(out)
 
 
 def backward(scale: float, g: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -145,19 +147,19 @@ def backward(scale: float, g: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tenso
         k_NDT = filled("k", wide, part.k).mul_(scale).transpose(1, 2)
         v_NDT = filled("v", wide, part.v).transpose(1, 2)
         sums = [take(name, wide, *k_low.shape).zero_() for name in ("dk", "dv")]
-        for queries, count, end in part.blocks():
+        for queries in part.blocks():
             q_low, g_low = (filled(name, low, t[..., queries, :])
                             for name, t in (("q low", part.q), ("g low", g_grouped[part.at])))
             q_NRD, g_NRD = (take(name, wide, *t.shape).copy_(t) for name, t in (("q", q_low), ("g", g_low)))
             P = part.probabilities(q_NRD, k_NDT, queries)
-            dS = torch.bmm(g_NRD, v_NDT[:, :, :end], out=take("dS", wide, *P.shape))
+            dS = torch.bmm(g_NRD, v_NDT[:, :, :queries.stop], out=take("dS", wide, *P.shape))
             P_low = take("P low", low, *P.shape).copy_(P)
             torch._softmax_backward_data(dS, P, -1, wide, grad_input=dS)
             dS_low = take("dS low", low, *P.shape).copy_(dS.mul_(scale))
             for total, left, right in zip(sums, (dS_low, P_low), (q_low, g_low), strict=True):
-                share = take("share", low, len(left), end, right.shape[2])
-                total[:, :end] += torch.bmm(left.transpose(1, 2), right, out=share)
-            out = torch.bmm(dS_low, k_low[:, :end], out=take("dq", low, *q_low.shape))
-            dq_grouped[part.at][..., queries, :] = out.view(*part.q.shape[:3], count, -1)
+                share = take("share", low, len(left), queries.stop, right.shape[2])
+                total[:, :queries.stop] += torch.bmm(left.transpose(1, 2), right, out=share)
+            out = torch.bmm(dS_low, k_low[:, :queries.stop], out=take("dq", low, *q_low.shape))
+            dq_grouped[part.at][..., queries, :] = part.by_head(out)
         for target, total in zip((dk, dv), sums, strict=True):
             target[part.at] = total.view(part.k.shape)

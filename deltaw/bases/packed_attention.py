@@ -76,9 +76,9 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     if not torch.compiler.is_compiling() and _seen and module not in _seen[-1]:
         _seen[-1].append(module)
     places, scale = kwargs.pop(PLACES, None), query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if places is None and _is_plainly_causal(module, query, key, value, attention_mask, dropout, kwargs):
-        return torch.ops.deltaw.packed_attention(query, key, value, None, scale)[0], None
     if places is None:
+        if _is_plainly_causal(module, query, key, value, attention_mask, dropout, kwargs):
+            return torch.ops.deltaw.packed_attention(query, key, value, None, scale)[0], None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
