@@ -5,10 +5,11 @@
 
 torch's kernel for processors multiplies one tile of one head at a time. In bfloat16, where a processor has products
 for it but no tile registers, setting up each costs more than the product: 32 examples of 32 tokens take it 11 ms and
-this 3. Here one product is of all examples and heads, queries that share a head of keys (grouped-query attention) are
-rows of the same one, and a block of 64 queries meets the keys up to its last query alone, so that little above the
-diagonal is computed. A block's scores stay in the cache and in memory that is used again; P is made anew in the
-backward pass, as torch's kernel does it. S, P and dP are float32, other products are rounded as they come.
+this 3 (and `native_attention` 1, where there is a compiler). Here one product is of all examples and heads, queries
+that share a head of keys (grouped-query attention) are rows of the same one, and a block of 64 queries meets the keys
+up to its last query alone, so that little above the diagonal is computed. A block's scores stay in the cache and in
+memory that is used again; P is made anew in the backward pass, as torch's kernel does it. S, P and dP are float32,
+other products are rounded as they come.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from deltaw.core.compiled import products_without_tiles
+
 BLOCK = 64
 """Queries of an example that are multiplied at once."""
 TILE = 1 << 20
@@ -32,13 +35,7 @@ LONGEST = 2048
 
 def is_quicker(query: Tensor) -> bool:
     """Whether these blocks beat torch's kernel: in bfloat16, where it is multiplied natively and not in tiles."""
-    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and _products_without_tiles()
-
-
-@cache
-def _products_without_tiles() -> bool:
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and products_without_tiles()
 
 
 class _Memory(threading.local):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from deltaw.bases.kept import keep
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.core.home import home
+from deltaw.core.kept import keep
 from deltaw.errors import BaseModelError, Fault, MissingDependencyError
 
 _BLOCK = 1 << 16

@@ -7,8 +7,8 @@ where examples begin, from the model's forward down to its attention function, a
 such places it is transformers' own.
 
 The loop over examples is one opaque operation on a CPU, so that a compiled layer has no break in the middle. Several
-examples are one call of torch's kernel there, or of our own where that is quicker (`blocked_attention`), which then
-serves rows without places and padding as well.
+examples are one call of torch's kernel there, or of our own where they are quicker (`native_attention`, and without a
+compiler `blocked_attention`), which then serve rows without places and padding as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.bases import blocked_attention
+from deltaw.bases import blocked_attention, native_attention
 from deltaw.bases.any_length import attention_of_any_length
 from deltaw.bases.packed_rows import Padded, evenly, together
 
@@ -92,9 +92,10 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
 
 def _is_plainly_causal(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                        dropout: float, others: dict[str, Any]) -> bool:
-    """Whether rows without places are causal throughout, and quicker in blocks."""
+    """Whether rows without places are causal throughout, and quicker with a kernel of ours."""
     causal = others.get("is_causal")
-    return (blocked_attention.is_quicker(query) and mask is None and not dropout and others.get("position_bias") is None
+    quicker = native_attention.fits(query, key, value) or blocked_attention.is_quicker(query)
+    return (quicker and mask is None and not dropout and others.get("position_bias") is None
             and others.get("cache") is None and others.get("softcap") is None
             and bool(getattr(module, "is_causal", True) if causal is None else causal)
             and query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1])
@@ -124,12 +125,15 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("deltaw::packed_attention", mutates_args=())
 def _packed(query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (B, T, heads, D) and log-sum-exp (B, T, heads), which blocks leave at zero.
+    """Output (B, T, heads, D) and log-sum-exp (B, T, heads), which `blocked_attention` leaves at zero.
 
     With places B is 1 and they tell examples apart; without, each row is an example.
     """
     out, lse = _made(query)
     inputs = (query, key, value)
+    if native_attention.fits(*inputs):
+        native_attention.forward(scale, *inputs, places, out.transpose(1, 2), lse.transpose(1, 2))
+        return out, lse
     if not blocked_attention.is_quicker(query):
         assert places is not None  # of rows without places, `attend` sends here only what blocks are for
         for same in evenly(places):
@@ -183,6 +187,9 @@ def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, ou
     made = _made_backward(query, key, value)
     targets = [t.transpose(1, 2) for t in made]
     whole = (grad.transpose(1, 2), query, key, value, out.transpose(1, 2), lse.transpose(1, 2))
+    if native_attention.fits(query, key, value):
+        native_attention.backward(scale, *whole, places, *targets)
+        return made
     if places is None:
         _causal_backward(whole, scale, targets)
         return made

@@ -6,7 +6,8 @@ The frozen product sees all tokens at once. The adapters may differ in rank, sca
 some of the projections i only. As in `kernels`, everything is one node of the autograd graph that keeps x once. Work
 grows with the tokens: neighbouring segments of one length share a batched product over factors that are stacked and
 padded to the largest rank among them (`stacks`), as long as little is padded; there is a pass for each of the others.
-Whoever lays out the tokens puts segments of like length and rank side by side.
+Whoever lays out the tokens puts segments of like length and rank side by side. In bfloat16, on processors that it is
+for, one call of a kernel computes the changes of all (`native_low_rank`).
 
 No product mixes tokens of two segments, in either direction: NaN in one adapter's tokens stays there.
 `reference` is the same in plain operations.
@@ -22,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.core import native_low_rank
 from deltaw.core.bank import Place
-from deltaw.core.kernels import Stripped, gradient_of_B, output_for, write_product
+from deltaw.core.frozen import Stripped, output_for, through_frozen, write_product
+from deltaw.core.kernels import gradient_of_B
 from deltaw.core.methods import lora
+from deltaw.core.native_low_rank import Part, Segment
 from deltaw.core.stacks import BankStacks, Stacks
 
 STACKED_FROM = 2
@@ -73,7 +77,7 @@ def grouped_linear(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group])
     groups = [g for g in groups if g.stop > g.start and any(f is not None for f in g.factors)]
     keep = [None if not g.dropout else torch.empty(g.stop - g.start, x.shape[-1], dtype=torch.bool, device=x.device)
             .bernoulli_(1 - g.dropout, generator=g.generator) for g in groups]
-    plan = _Plan(groups, layers)
+    plan = _Plan(groups, layers, x)
     # One tensor stands for all factors in banks: autograd has to be told that there is something to differentiate.
     leaves = [torch.zeros((), requires_grad=True)] if plan.places else plan.tensors
     outputs: tuple[Tensor, ...] = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
@@ -102,7 +106,7 @@ def reference(x: Tensor, layers: Sequence[Frozen], groups: Sequence[Group]) -> t
 class _Plan:
     """How a call is computed: its segments, and where their tensors stand in the node's list of inputs."""
 
-    def __init__(self, groups: Sequence[Group], layers: Sequence[Frozen]) -> None:
+    def __init__(self, groups: Sequence[Group], layers: Sequence[Frozen], x: Tensor) -> None:
         self.outputs = [layer.outputs for layer in layers]
         self.packed = [layer.W if isinstance(layer.W, Stripped) else None for layer in layers]
         self.spans = [(g.start, g.stop) for g in groups]
@@ -119,7 +123,11 @@ class _Plan:
         places = [[f.place for f in own if f.place is not None] for own in factors]
         self.places = places if all(map(len, places)) and sum(map(len, places)) * 2 == len(self.tensors) else []
         """Where all factors lie in banks, to which their gradients go; nothing if some lie elsewhere."""
-        self.runs = list(self._runs())
+        segments = [Segment(g.start, g.stop, [Part(i, f.A, f.B, f.scale) for i, f in enumerate(g.factors)
+                                              if f is not None]) for g in groups]
+        self.segments = segments if native_low_rank.fits(x, self.outputs, segments) and min(self.kept) == 1.0 else []
+        """All of them, where the kernel takes them; then there are no runs."""
+        self.runs = [] if self.segments else list(self._runs())
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """The segments in runs that are computed at once: from the one, up to the other."""
@@ -199,7 +207,7 @@ class _GroupedLinear(torch.autograd.Function):
                 y_TO.zero_()
             else:
                 write_product(x_TI, W_OI, bias, y_TO)
-        H = []
+        H = [native_low_rank.forward(x_TI, y, plan.segments)] if plan.segments else []
         ctx.stacks = {}  # made once, and there until the backward pass: as large as the adapters of this pass
         for first, stop in plan.runs:
             rows, own = plan.of_run(first, stop, factors)
@@ -227,9 +235,12 @@ class _GroupedLinear(torch.autograd.Function):
         H, (keep, W, _, factors) = saved[:ctx.count], _parts(plan, saved[ctx.count:])
         x_TI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx_TI = _through_frozen(g, W, x_TI) if ctx.needs_input_grad[0] else None
+        dx_TI = through_frozen(g, W, x_TI) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
-        for (first, stop), h in zip(plan.runs, H, strict=True):
+        if plan.segments:
+            places = [place for part in plan.places for place in part]
+            found = native_low_rank.gradients(x_TI, H[0], g, dx_TI, plan.segments, places)
+        for (first, stop), h in zip(plan.runs, H, strict=bool(plan.runs)):
             rows, own = plan.of_run(first, stop, factors)
             of_run = x_TI[rows], h, [None if g_TO is None else g_TO[rows] for g_TO in g], \
                 None if dx_TI is None else dx_TI[rows]
@@ -249,19 +260,6 @@ class _GroupedLinear(torch.autograd.Function):
                                     for grad, want, factor in zip(found, wanted, factors, strict=True)]
         nothing[0] = None if dx_TI is None else dx_TI.view(x.shape)
         return tuple(nothing)
-
-
-def _through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | None], x_TI: Tensor) -> Tensor:
-    """Σ gᵢ Wᵢ, of all tokens; zeros where no frozen product is part of the node."""
-    dx_TI: Tensor | None = None
-    for g_TO, W_OI in zip(g, W, strict=True):
-        if g_TO is None or W_OI is None:
-            continue
-        if isinstance(W_OI, Stripped):
-            dx_TI = W_OI.add_transposed(g_TO, dx_TI)
-        else:
-            dx_TI = g_TO @ W_OI if dx_TI is None else dx_TI.addmm_(g_TO, W_OI)
-    return torch.zeros_like(x_TI) if dx_TI is None else dx_TI
 
 
 def _one_segment(x_SI: Tensor, h_SR: Tensor, g: Sequence[Tensor | None], dx_SI: Tensor | None, A: Sequence[Tensor],

@@ -10,67 +10,25 @@ Plain autograd makes a node of each product, and a tensor as large as x or y for
                 dx = Σ gᵢ Wᵢ + dH [A₁; A₂; …]  every product added to the same tensor
                 dA = dHᵀ x',  dBᵢ = sᵢ·gᵢᵀ Hᵢ
 
-A quantized W is unpacked a strip of rows at a time, in the forward and once more in the backward, into one buffer for
-all layers; each strip is multiplied while it is in the cache.
+A quantized W is unpacked in the forward and once more in the backward (`frozen`). In bfloat16, on processors that it is
+for, one call of a kernel makes all the narrow products (`native_linear`).
 
 x is kept once, and not at all where every A is frozen (LoRA-FA, arXiv 2308.03303: dB needs H alone). Neither BA nor any
 other matrix of W's size is made, except where the rank is so high that the gradient of all of W is the shorter way
 to dA and dB (`gradient_of_weight_is_shorter`, after RunLoRA, arXiv 2312.03415). No gradient is computed that nobody
-asked for. `reference` is the same in plain operations.
+asked for. `frozen.reference` is the same in plain operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.core.methods import lora
-from deltaw.core.packed import Packed, Workspace
-
-
-class Stripped(NamedTuple):
-    """A quantized W (O, I), and the memory to unpack it in."""
-
-    packed: Packed
-    workspace: Workspace
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)"""
-        return self.packed.shape
-
-    def write_product(self, x_NI: Tensor, b: Tensor | None, y_NO: Tensor) -> None:
-        """Write x Wᵀ + b to y."""
-        for rows, W_RI in self.packed.strips(x_NI.dtype, self.workspace):
-            part = y_NO[:, rows]
-            if b is None:
-                torch.mm(x_NI, W_RI.t(), out=part)
-            else:
-                torch.addmm(b[rows], x_NI, W_RI.t(), out=part)
-
-    def add_transposed(self, g_NO: Tensor, dx_NI: Tensor | None) -> Tensor:
-        """dx + g W, in dx's memory where there is a dx."""
-        if torch.is_grad_enabled():  # a second derivative keeps W, so it cannot lie in memory that is used again
-            dense = g_NO @ self.packed.dense(g_NO.dtype)
-            return dense if dx_NI is None else dx_NI.add_(dense)
-        for rows, W_RI in self.packed.strips(g_NO.dtype, self.workspace):
-            dx_NI = g_NO[:, rows] @ W_RI if dx_NI is None else dx_NI.addmm_(g_NO[:, rows], W_RI)
-        assert dx_NI is not None  # a weight has rows
-        return dx_NI
-
-
-class Projection(NamedTuple):
-    """One linear layer over x: frozen W (O, I) in x's dtype and b (O,) or None, with A (R, I), B (O, R) and s."""
-
-    W: Tensor | Stripped
-    b: Tensor | None
-    A: Tensor
-    B: Tensor
-    scale: float
+from deltaw.core.frozen import Projection, Stripped, output_for, write_product
+from deltaw.core.native_linear import native_linear
 
 
 def low_rank_linear(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -79,24 +37,13 @@ def low_rank_linear(x: Tensor, projections: Sequence[Projection], dropout: float
     W and b get no gradient. A and B may have another dtype: they are multiplied in x's, and their gradients come back
     in their own.
     """
+    if not dropout and (made := native_linear(x, projections)) is not None:
+        return made
     keep = None if not dropout else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
     flat = [tensor for p in projections for tensor in (p.W, p.b, p.A, p.B)]
     outputs: tuple[Tensor, ...] = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
         x, keep, 1.0 - dropout, tuple(p.scale for p in projections), *flat)
     return outputs
-
-
-def frozen_linear(x: Tensor, W: Stripped, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b (..., O) of a frozen quantized layer; W is not kept unpacked for the backward pass."""
-    y: Tensor = _FrozenLinear.apply(x, W, b)  # type: ignore[no-untyped-call]
-    return y
-
-
-def reference(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """What `low_rank_linear` computes, without dropout, one plain operation after another."""
-    dense = [p.W.packed.dense(x.dtype) if isinstance(p.W, Stripped) else p.W for p in projections]
-    return tuple(lora.add_low_rank(F.linear(x, W, p.b), x, p.A, p.B, p.scale)
-                 for W, p in zip(dense, projections, strict=True))
 
 
 def gradient_of_weight_is_shorter(tokens: int, inputs: int, outputs: int, rank: int) -> bool:
@@ -172,43 +119,6 @@ class _LowRankLinear(torch.autograd.Function):
                 dA, dB = _through_factors(dropped, g, A, B, ctx.scales, H, dH if any(for_A) else None, any(for_B))
         flat = [t for i in range(count) for t in (None, None, dA[i] if for_A[i] else None, dB[i] if for_B[i] else None)]
         return (dx, None, None, None, *flat)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """A quantized layer alone: y = x Wᵀ + b, dx = g W."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Stripped, b: Tensor | None) -> Tensor:
-        ctx.W = W
-        y, y_NO = output_for(x, W.shape[0])
-        W.write_product(x.reshape(-1, x.shape[-1]), b, y_NO)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        g, = grads
-        dx = ctx.W.add_transposed(g.reshape(-1, g.shape[-1]), None)
-        return dx.view(*g.shape[:-1], ctx.W.shape[1]), None, None
-
-
-def output_for(x: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    """Memory for a product with x (..., I): y (..., O), and the same as y (N, O) to write to.
-
-    A node returns the first. Had it made (N, O) and returned a view of it, the model could not change its output in
-    place, as some do with a linear layer's (DeBERTa scales its queries so).
-    """
-    y = x.new_empty(*x.shape[:-1], outputs)
-    return y, y.view(-1, outputs)
-
-
-def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Tensor) -> None:
-    """Write x Wᵀ + b to y."""
-    if isinstance(W, Stripped):
-        W.write_product(x_NI, b, y_NO)
-    elif b is None:
-        torch.mm(x_NI, W.t(), out=y_NO)
-    else:
-        torch.addmm(b, x_NI, W.t(), out=y_NO)
 
 
 def _gradient_of_H(g: Sequence[Tensor | None], B: Sequence[Tensor], scales: Sequence[float]) -> Tensor:

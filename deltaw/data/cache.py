@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from deltaw.bases.kept import keep
 from deltaw.bases.template import render
 from deltaw.core.home import home
+from deltaw.core.kept import keep
 from deltaw.data.columns import Columns, EncodeStats
 from deltaw.data.encode import Encoder
 from deltaw.data.rows import Layout

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.bases.any_length import attention_of_any_length
+from deltaw.core.compiled import NoKernel
 from deltaw.serve.banks import Banks
 from deltaw.serve.cache import RaggedCache, Span, UnknownAttention
-from deltaw.serve.native.build import NoKernel
 from deltaw.serve.places import Start
 from deltaw.serve.request import BASE
 from deltaw.serve.scheduler import Chunk

@@ -104,7 +104,7 @@ def test_neighbours_of_like_rank_and_length_are_stacked_and_padding_ends_a_run()
             factors = Factors(torch.ones(rank, 6, device=DEVICE), torch.ones(5, rank, device=DEVICE), 1.0)
             groups.append(Group(start, start + length, [factors], **more))
             start += length
-        return batched._Plan(groups, layers(6, (5,))).runs
+        return batched._Plan(groups, layers(6, (5,)), torch.empty(start, 6, device=DEVICE)).runs
 
     assert runs((2, 2, 3, 4), (4, 4, 4, 4)) == [(0, 4)]
     assert runs((1, 1, 16, 16), (4, 4, 4, 4)) == [(0, 2), (2, 4)]  # 16 for 1, 1 and 16 is 2.7 times their size

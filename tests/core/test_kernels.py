@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.core.kernels import Projection, gradient_of_weight_is_shorter, low_rank_linear, reference
+from deltaw.core.frozen import Projection, reference
+from deltaw.core.kernels import gradient_of_weight_is_shorter, low_rank_linear
 from tests.device import randn
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

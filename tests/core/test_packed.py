@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core import packed as packing
-from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear, reference
+from deltaw.core.frozen import Projection, Stripped, frozen_linear, reference
+from deltaw.core.kernels import low_rank_linear
 from deltaw.core.packed import Packed, Workspace, numbers_in, packed_tensor, packed_weight
 from tests.device import DEVICE, cpu_only, randn
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaw.core.compiled import NoKernel
 from deltaw.inject import find_sites
 from deltaw.serve import runner as runners
 from deltaw.serve.banks import Banks, Factors
 from deltaw.serve.native import build, weights
-from deltaw.serve.native.build import NoKernel
 from deltaw.serve.native.runner import NativeRunner, StepC
 from deltaw.serve.request import BASE, Blend, SamplingParams, Sequence
 from deltaw.serve.scheduler import Chunk
@@ -199,7 +199,7 @@ def test_without_a_compiler_the_models_own_layers_run(monkeypatch: pytest.Monkey
 def test_a_compiler_that_fails_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     build.library.cache_clear()
     monkeypatch.setenv("DELTAW_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", ("--no-such-option",))
+    monkeypatch.setattr("deltaw.core.compiled.FLAGS", ("--no-such-option",))
     runner = chosen(tiny())
     build.library.cache_clear()
     assert isinstance(runner, runners.RowRunner)

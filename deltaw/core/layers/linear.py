@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
-from deltaw.core.kernels import Projection, Stripped, frozen_linear, low_rank_linear
+from deltaw.core.frozen import Projection, Stripped, frozen_linear
+from deltaw.core.kernels import low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
 from deltaw.core.layers.shared_input import Narrow, calls
 from deltaw.core.layers.slots import LowRank

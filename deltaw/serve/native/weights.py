@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.compiled import NoKernel
 from deltaw.plan.devices import available_memory, resident_memory
-from deltaw.serve.native.build import NoKernel, library
+from deltaw.serve.native.build import library
 
 LANES = 16
 ROPES = ("default", "linear", "llama3", "yarn")
