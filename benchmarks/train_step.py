@@ -5,10 +5,11 @@
                                     [--sides A,B]
 
 Every token is learned from, so nothing is gained by leaving logits out. The floor is a forward and backward pass
-through the frozen model in plain operations. peft runs with its best settings: fused AdamW, its layers compiled, and on
-a GPU its factors in 16 bits as well ("peft 16-bit"; by itself it makes float32 ones over a 16-bit base and converts
-every input). All sides start from the same factors, and those that freeze the base share its memory; their losses over
-the steps must agree. Full fine-tuning of the 7B shape takes the memory of four models, and runs only if it is named.
+through the frozen model in plain operations. peft runs with its best settings: fused AdamW, its layers compiled, and
+over a 16-bit base in three ways: as it comes ("peft"), with float32 factors whose every input it converts; under
+autocast, as trainers run it ("peft autocast"); and with factors in 16 bits ("peft 16-bit"). All sides start from the
+same factors, and those that freeze the base share its memory; their losses over the steps must agree. Full fine-
+tuning of the 7B shape takes the memory of four models, and runs only if it is named.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from deltaw.train.cross_entropy import Terms
 from deltaw.train.objective import CausalLoss, ClassLoss
 from deltaw.train.optimizer import adamw
 
+RIVALS = ["peft", "peft autocast", "peft 16-bit"]
+"""All but the first over a 16-bit base only."""
 BERT = ["query", "key", "value", "dense"]
 Step = Callable[[], float]
 
@@ -60,13 +63,13 @@ class Sides:
         return copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()}).requires_grad_(False)
 
     def named(self, name: str) -> Step:
-        """The step of "ours", "peft", "peft 16-bit" (each also ", compiled"), "full" or "floor"."""
+        """The step of "ours" or of one of RIVALS (each also ", compiled"), of "full" or "floor"."""
         side, _, how = name.partition(", ")
         if side in ("full", "floor"):
             return self.full() if side == "full" else self.floor()
         if side == "ours":
             return self.ours(compiled=bool(how))
-        return self.peft(compiled=bool(how), as_made=side == "peft")
+        return self.peft(side, compiled=bool(how))
 
     def ours(self, *, compiled: bool) -> Step:
         model = self.model()
@@ -94,11 +97,12 @@ class Sides:
 
         return step
 
-    def peft(self, *, compiled: bool, as_made: bool) -> Step:
+    def peft(self, side: str, *, compiled: bool) -> Step:
         import peft
 
         model = peft.get_peft_model(self.model(), peft.LoraConfig(
-            r=8, lora_alpha=16, target_modules=self.targets, task_type=self.task), autocast_adapter_dtype=as_made)
+            r=8, lora_alpha=16, target_modules=self.targets, task_type=self.task),
+            autocast_adapter_dtype=side != "peft 16-bit")
         with torch.no_grad():
             for name, module in model.train().named_modules():
                 if hasattr(module, "lora_A") and len(module.lora_A):
@@ -106,17 +110,19 @@ class Sides:
                     module.lora_A["default"].weight.copy_(self.factors[f"{site}.lora_A"])
         if compiled:
             self.stack.enter_context(compiled_layers(model))
-        return self._plain(model)
+        return self._plain(model, autocast=side == "peft autocast")
 
     def full(self) -> Step:
         return self._plain(copy.deepcopy(self.base).requires_grad_())
 
-    def _plain(self, model: torch.nn.Module) -> Step:
+    def _plain(self, model: torch.nn.Module, *, autocast: bool = False) -> Step:
+        device = self.batch["input_ids"].device.type
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0,
                                       fused=True)
 
         def step() -> float:
-            loss = model(**self.batch).loss
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                loss = model(**self.batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -166,7 +172,7 @@ def main() -> int:
     targets = BERT if classes else LINEAR
     targets = [t for t in targets if t in ("q_proj", "v_proj", "query", "value")] if args.qv else targets
     base = model_of(args.shape, dtype, args.layers or (4 if args.quick else None), args.device)
-    names = chosen_sides(args, rivals=["peft", "peft 16-bit"] if gpu and dtype != torch.float32 else ["peft"])
+    names = chosen_sides(args, rivals=RIVALS[:1] if dtype == torch.float32 else RIVALS)
     cases, peak = [], gemm_rate(dtype, args.device)
     with ExitStack() as stack:
         sides = Sides(base, batches[0], targets, classes, stack)
@@ -238,7 +244,7 @@ def cases_of(label: str, t: dict[str, float], losses: dict[str, list[float]], dt
 
     eager_goal, goal = 0.75 if qv else 0.90 if fp32 else 0.85, 0.75 if qv else 0.90 if fp32 else 0.70
     cases = []
-    for rival in ("peft", "peft 16-bit", "full"):
+    for rival in (*RIVALS, "full"):
         least, least_compiled = (0.70, 0.70) if rival == "full" else (eager_goal, goal)
         if rival in t:
             cases.append(case(f"step / {rival}", "ours", rival, least))
