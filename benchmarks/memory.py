@@ -41,11 +41,12 @@ def child(args: argparse.Namespace) -> None:
 
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"),
-            autocast_adapter_dtype=side == "peft").train()
+            autocast_adapter_dtype=side != "peft 16-bit").train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
         def loss() -> torch.Tensor:
-            return model(**batch).loss
+            with torch.autocast(device, torch.bfloat16, enabled=side == "peft autocast"):
+                return model(**batch).loss
     else:
         import deltaw
         from deltaw.bases.gated import gated_modules, product_made_again
@@ -145,7 +146,7 @@ def of_a_step(args: argparse.Namespace) -> list[Case]:
     gpu, fp32 = args.device == "cuda", args.dtype == "float32"
     ours = {"ours": ""} | ({} if gpu else {"released": ", release_memory"}) | (
         {} if args.quick else {"compiled": ", compiled"})
-    rivals = ["peft", "peft 16-bit"] if gpu and not fp32 else ["peft"]
+    rivals = ["peft"] if fp32 else ["peft", "peft autocast", "peft 16-bit"]
     sides = [*rivals, *ours]
     found = dict(zip(sides, measured(args, [(side, args.rows, args.tokens) for side in sides]), strict=True))
     cases = []

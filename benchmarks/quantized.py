@@ -10,7 +10,8 @@ Memory is the most that a fresh process held (VmHWM), loading included, less wha
 memory"); layers are computed again in the backward pass on all sides. QLoRA and LoRA are both computed in bf16, with
 16-bit embeddings, as on hardware that has bf16 instructions.
 Time is measured in fp32 on all sides, beside LoRA over fp32 weights, and in bf16 where the processor multiplies it
-natively and does not emulate it. All activations are kept.
+natively and does not emulate it. All activations are kept. Over a base in bf16 peft runs in three ways: as it comes,
+under autocast, and with its factors in 16 bits.
 
 On a GPU everything is in bf16, peft's factors too, as it is faster and smaller so; memory is the most that the GPU's
 allocator had given out in a fresh process, loading included (what it held is printed beside it).
@@ -82,8 +83,8 @@ def ours(folder: Path, dtype: str, quantize: Any, size: tuple[int, int], device:
 
 
 def peft_bitsandbytes(folder: Path, dtype: str, size: tuple[int, int], device: str, *, recompute: bool,
-                      factors: dict[str, torch.Tensor] | None = None) -> Step:
-    """The same step by transformers, peft and bitsandbytes."""
+                      factors: dict[str, torch.Tensor] | None = None, side: str = "peft") -> Step:
+    """The same step by transformers, peft and bitsandbytes, as it comes, under autocast or with 16-bit factors."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -95,7 +96,7 @@ def peft_bitsandbytes(folder: Path, dtype: str, size: tuple[int, int], device: s
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = peft.get_peft_model(model, peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=device == "cpu")
+        r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"), autocast_adapter_dtype=side != "peft 16-bit")
     model.train()
     for name, parameter in model.named_parameters():
         if factors is not None and ".lora_A." in name:
@@ -106,7 +107,8 @@ def peft_bitsandbytes(folder: Path, dtype: str, size: tuple[int, int], device: s
     batch = batch_of(*size, device)
 
     def step() -> float:
-        loss = model(**batch).loss
+        with torch.autocast(device, torch.bfloat16, enabled=side == "peft autocast"):
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -119,7 +121,7 @@ def child(side: str, folder: Path, dtype: str, size: tuple[int, int], device: st
     """One side in this process: what it held at most, and after its imports."""
     import bitsandbytes  # noqa: F401
 
-    if side == "peft":
+    if side.startswith("peft"):
         import peft  # noqa: F401
     before = highest(device)["peak"]
     if side == "load":
@@ -132,8 +134,8 @@ def child(side: str, folder: Path, dtype: str, size: tuple[int, int], device: st
         print(json.dumps(highest(device) | {"before": before, "final": memory_in_use(), "largest": largest,
                                             "seconds": seconds, "losses": []}))
         return
-    if side == "peft":
-        step = peft_bitsandbytes(folder, dtype, size, device, recompute=True)
+    if side.startswith("peft"):
+        step = peft_bitsandbytes(folder, dtype, size, device, recompute=True, side=side)
     else:
         step, _ = ours(folder, dtype, "nf4" if side == "qlora" else None, size, device, recompute=True)
     losses = [step() for _ in range(2)]
@@ -161,18 +163,20 @@ def measured(side: str, folder: Path, dtype: str, size: tuple[int, int], device:
 
 def memory_cases(folder: Path, dtype: str, size: tuple[int, int], device: str) -> list[Case]:
     """Peaks of QLoRA, LoRA and peft."""
-    names = ("qlora", "lora", "peft")
+    names = ("qlora", "lora", *rivals(dtype, device))
     with ThreadPoolExecutor(3 if device == "cuda" else 1) as pool:  # a GPU's figure is the process's own
         found = list(pool.map(lambda side: measured(side, folder, dtype, size, device), names))
     sides = dict(zip(names, found, strict=True))
     held = {side: (found["peak"] - found["before"]) / MB for side, found in sides.items()}
     whole = {side: found["peak"] / MB for side, found in sides.items()}
     bits = "16-bit" if dtype == "bf16" else "32-bit"
-    near = abs(sides["qlora"]["losses"][0] / sides["peft"]["losses"][0] - 1) < 2e-2
+    near = {side: abs(sides["qlora"]["losses"][0] / sides[side]["losses"][0] - 1) < 2e-2
+            for side in rivals(dtype, device)}
     shown = {"training memory": held} | ({} if device == "cuda" else {"whole process": whole})
     return [case for what, of in shown.items() for case in (
         Case(f"{what}, {dtype}", "MB", of["qlora"], of["lora"], f"our {bits} LoRA", 0.55),
-        Case(f"{what}, {dtype}", "MB", of["qlora"], of["peft"], "peft + bitsandbytes", 0.8, equal=near))]
+        *(Case(f"{what}, {dtype}", "MB", of["qlora"], of[side], f"{side} + bitsandbytes", 0.8, equal=equal)
+          for side, equal in near.items()))]
 
 
 def load_cases(folder: Path, size: tuple[int, int], device: str) -> list[Case]:
@@ -196,7 +200,8 @@ def time_cases(folder: Path, dtype: str, size: tuple[int, int], device: str, rep
     qlora, board = ours(folder, dtype, "nf4", size, device, recompute=False)
     factors = {name: p.detach().clone() for name, p in board.parameters("default").items()}
     steps = {"qlora": qlora, "lora": ours(folder, dtype, None, size, device, recompute=False)[0],
-             "peft": peft_bitsandbytes(folder, dtype, size, device, recompute=False, factors=factors)}
+             **{side: peft_bitsandbytes(folder, dtype, size, device, recompute=False, factors=factors, side=side)
+                for side in rivals(dtype, device)}}
     times: dict[str, list[float]] = {side: [] for side in steps}
     losses: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(repeats + warm):
@@ -207,11 +212,20 @@ def time_cases(folder: Path, dtype: str, size: tuple[int, int], device: str, rep
     middle = {side: statistics.median(found[warm:]) for side, found in times.items()}
     print(f"  losses {losses}")
     tolerance = 1e-4 if dtype == "fp32" else 2e-2
-    near = all(abs(a / b - 1) < tolerance for a, b in zip(losses["qlora"], losses["peft"], strict=True))
+    near = {side: all(abs(a / b - 1) < tolerance for a, b in zip(losses["qlora"], losses[side], strict=True))
+            for side in rivals(dtype, device)}
     print(f"  seconds {times}")
     what = f"step of {size[0]} x {size[1]} tokens, {dtype}"
     return [Case(what, "s", middle["qlora"], middle["lora"], f"our LoRA over {dtype}", 1.15),
-            Case(what, "s", middle["qlora"], middle["peft"], "peft + bitsandbytes", 0.8, equal=near)]
+            *(Case(what, "s", middle["qlora"], middle[side], f"{side} + bitsandbytes", 0.8, equal=equal)
+              for side, equal in near.items())]
+
+
+def rivals(dtype: str, device: str) -> list[str]:
+    """How peft is run: on a GPU as is quickest there."""
+    if dtype == "fp32":
+        return ["peft"]
+    return ["peft 16-bit"] if device == "cuda" else ["peft", "peft autocast", "peft 16-bit"]
 
 
 def main() -> int:

@@ -138,7 +138,8 @@ def peft_loop(batches: list[list[Example]], adapter: Path, dtype: torch.dtype, d
     began = time.perf_counter()
     for examples in batches:
         inputs = collate(examples, tokenizer.pad_token_id)
-        loss = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).loss
+        with torch.autocast(device, dtype, enabled=dtype == torch.bfloat16):
+            loss = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

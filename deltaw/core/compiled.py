@@ -48,9 +48,14 @@ def compiled(main: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
         raise NoKernel(f"{Path(compiler).name} made none ({type(error).__name__})") from error
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def products_without_tiles() -> bool:
     """Whether this processor multiplies bfloat16 natively and has no tile registers for it."""
+    return _without_tiles()
+
+
+@cache
+def _without_tiles() -> bool:
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
 

@@ -108,9 +108,14 @@ def _is_target(place: Place) -> bool:
     return place.gradients[0].dtype == torch.float32 and place.is_fresh
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_there() -> bool:
     """Whether this machine has the kernel."""
+    return _was_made()
+
+
+@cache
+def _was_made() -> bool:
     try:
         return products_without_tiles() and _library() is not None
     except NoKernel:
@@ -127,10 +132,14 @@ def _library() -> ctypes.CDLL:
 
 def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
     """Add every change to y (T, O) of each projection; returns h = s·x Aᵀ (T, columns) for `backward`."""
-    columns = -(-max(segment.columns for segment in segments) // 32) * 32
-    h_TC = x_TI.new_zeros(len(x_TI), columns)
+    h_TC = x_TI.new_zeros(len(x_TI), columns_of(segments))
     _run(_library().forward, segments, x_TI, None, h_TC, y, None)
     return h_TC
+
+
+def columns_of(segments: Sequence[Segment]) -> int:
+    """Columns of h, in whole vectors of 32."""
+    return -(-max(segment.columns for segment in segments) // 32) * 32
 
 
 def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None, segments: Sequence[Segment],

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import deltaw
+from deltaw import LoraConfig
 from deltaw.core import native_low_rank
 from deltaw.core.bank import Bank
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
@@ -179,3 +181,44 @@ def test_what_goes_on_in_plain_operations(without: str) -> None:
                          0.5 if without == "dropout" else 0.0)
     assert y.grad_fn is not None
     assert y.grad_fn.name() == "_LowRankLinearBackward"
+
+
+@needs_kernel
+def test_the_operation_is_sound_for_a_compiler() -> None:
+    x, parts = randn(2, 9, INPUTS, seed=0).requires_grad_(), [part(i, 8, torch.float32) for i in range(2)]
+    W = [randn(out, INPUTS, seed=out) for out in OUTPUTS[:2]]
+    b = [randn(OUTPUTS[0], seed=5), x.new_empty(0)]
+    torch.library.opcheck(torch.ops.deltaw.low_rank_linear, (
+        x, W, b, [p.A for p in parts], [p.B for p in parts], [2.0, 1.0]), atol=1e-2, rtol=1e-2)
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_sees_one_operation_for_layers_of_one_input() -> None:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    model = hf.Qwen2ForCausalLM(hf.Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1)).bfloat16().train()
+    ids = torch.randint(64, (2, 20))
+    board = deltaw.attach(model, LoraConfig(r=8, target_modules="all-linear"), seed=0)
+    factors = board.parameters("default")
+    for factor in factors.values():
+        nn.init.normal_(factor, std=0.1)
+    board.share_inputs(lambda: model(input_ids=ids))
+    layer, seen = model.model.layers[0], []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def gradients() -> list[Tensor]:
+        loss = model(input_ids=ids, labels=ids).loss
+        return [loss, *torch.autograd.grad(loss, list(factors.values()))]
+
+    right = gradients()
+    layer.compile(backend=backend)
+    found = gradients()
+    assert sum("low_rank_linear" in target for target in seen) == 4  # q, k, v; o; gate, up; down
+    assert max(error(a, b) for a, b in zip(found, right, strict=True)) < 1e-6  # the same products, run as they come

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.core import native_op
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
 from deltaw.core.frozen import Projection, Stripped, frozen_linear
 from deltaw.core.kernels import low_rank_linear
@@ -106,8 +107,10 @@ class AdaptedLinear(Adapted):
         return {name: weight for name, weight in mix.items() if name in self.slots or name in self.biases}
 
     def traced(self, *args: Any, **kwargs: Any) -> Any:
-        """Plain operations, for a compiler; the narrow products of layers that share x are one."""
+        """Plain operations, for a compiler; the narrow products of layers that share x are one, or the layers are."""
         active, narrow = self.active(), self.narrow
+        if len(args) == 1 and not kwargs and (y := self.traced_as_one(args[0])) is not None:
+            return y
         if narrow is None or len(args) != 1 or kwargs or len(active) != 1 or lora.autocasts(args[0]) \
                 or self.state.compute_dtype is not None or (self.state.route and not self.state.route.is_uniform):
             return super().forward(*args, **kwargs)
@@ -116,6 +119,23 @@ class AdaptedLinear(Adapted):
             return super().forward(*args, **kwargs)
         slot, h = self.slots[name], narrow.of(self.place, args[0], name)
         return lora.add_widened(self.inner(args[0]), h, slot.factors()[1], slot.scaling * weight)
+
+    def traced_as_one(self, x: Tensor) -> Tensor | None:
+        """The output where one operation computes this layer and those that share x; None where it does not."""
+        if len(self.active()) != 1 or not self.can_fuse(x):
+            return None
+        (name, weight), = self.active().items()
+
+        def projections(layers: Sequence[AdaptedLinear]) -> list[Projection]:
+            return [layer.projection(name, weight, x) for layer in layers]
+
+        layers = (self,) if self.narrow is None else self.narrow.layers
+        if not all(layer.is_low_rank_only(name) and layer.can_fuse(x) for layer in layers) \
+                or not native_op.is_for(x, projections(layers)):
+            return None
+        if self.narrow is None:
+            return native_op.low_rank_linear(x, projections([self]))[0]
+        return self.narrow.taken(self.place, x, lambda some: native_op.low_rank_linear(x, projections(some)))
 
     def is_low_rank_only(self, name: str) -> bool:
         """Whether an adapter changes this layer by B(A x) and nothing else, with no dropout now."""

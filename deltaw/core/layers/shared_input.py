@@ -89,11 +89,18 @@ class Narrow:
 
     def of(self, place: int, x: Tensor, adapter: str) -> Tensor:
         """xAᵀ (..., R) of the layer at this place, for one adapter that all layers have."""
+        def compute(layers: Sequence[Any]) -> Sequence[Tensor]:
+            A = [layer.slots[adapter].factors()[0].to(x.dtype) for layer in layers]
+            return torch.split(F.linear(x, torch.cat(A)), [A_RI.shape[0] for A_RI in A], -1)
+
+        return self.taken(place, x, compute)
+
+    def taken(self, place: int, x: Tensor, compute: Callable[[Sequence[Any]], Sequence[Tensor]]) -> Tensor:
+        """What is computed from x for the layer at this place, at once for all of them."""
         if place == 0:
-            A = [layer.slots[adapter].factors()[0].to(x.dtype) for layer in self.layers]
-            self.x, self.parts = x, torch.split(F.linear(x, torch.cat(A)), [A_RI.shape[0] for A_RI in A], -1)
+            self.x, self.parts = x, tuple(compute(self.layers))
         elif self.x is not x:  # the first was not called with this
-            return F.linear(x, self.layers[place].slots[adapter].factors()[0].to(x.dtype))
+            return compute([self.layers[place]])[0]
         found = self.parts[place]
         if place == len(self.layers) - 1:
             self.x, self.parts = None, ()
