@@ -125,6 +125,10 @@ class PlanConfig:
         """Tokens of a forward pass."""
         return self.batch_size * self.max_length
 
+    def supervised_tokens(self, batch: int, length: int) -> int:
+        """Tokens that are learned from, of this many examples of this length; one at least."""
+        return max(1, round(batch * length * self.supervised))
+
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the run, where they can be known."""

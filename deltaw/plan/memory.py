@@ -126,7 +126,7 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     """Bytes of a stretch's logits and of what is computed from them."""
     if config.task != "causal-lm":
         return 0.0
-    rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
+    rows = min(config.supervised_tokens(batch, length), max(1, STRETCH_VALUES // sizes.vocabulary))
     values = rows * sizes.vocabulary
     # log p takes the place of the logits, or is computed beside them: of a few rows, on a GPU of all.
     buffers = values * (item if item >= 4 or not gpu else item + 4)

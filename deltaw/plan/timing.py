@@ -39,7 +39,7 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     """A whole forward and backward pass: the network's body, the output layer and the loss."""
     if config.task != "causal-lm":
         return body
-    rows = max(1, round(batch * length * config.supervised))
+    rows = config.supervised_tokens(batch, length)
     stretch = min(rows, max(1, STRETCH_VALUES // sizes.vocabulary))
     head = Work()
     products = 3 if sizes.trained_head else 2
