@@ -89,6 +89,8 @@ class Sizes:
     """Bytes of each: four, but in full fine-tuning and BitFit those of the base's format."""
     inside: bool
     """Whether what is trained are the base's own tensors."""
+    drawn: int = 0
+    """Values that are held and stored beside the trained ones, and stay as they were drawn: the A of LoRA-FA."""
     trained_head: int = 0
     """Values of the output layer where it is trained too."""
     stored: int = 0
@@ -147,7 +149,7 @@ def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework:
          gpu: bool) -> dict[str, float]:
     """What is there from the first step to the last."""
     base, buffer = base_weights(sizes, config, method, item, gpu=gpu)
-    own = 0 if sizes.inside else sizes.trained * sizes.trained_width
+    own = 0 if sizes.inside else adapter_bytes(sizes)
     best = sizes.trained * sizes.trained_width
     return {"framework": framework, "weights": base + buffer, "adapters": config.adapters * own + best,
             "optimizer": config.adapters * state_bytes(sizes, config)}
@@ -190,7 +192,8 @@ def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framewor
 def merging(sizes: Sizes, item: int) -> Memory:
     """`deltaw merge`: tensor by tensor; one that is copied, or a layer as stored, in float32 and its change."""
     one = max(sizes.largest_tensor * item, sizes.largest * (item + 4 + 4))
-    return Memory({"framework": float(FRAMEWORK_MERGE), "weights": float(one), "adapters": 4.0 * sizes.trained})
+    change = 4.0 * (sizes.trained + sizes.drawn)
+    return Memory({"framework": float(FRAMEWORK_MERGE), "weights": float(one), "adapters": change})
 
 
 def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
@@ -202,13 +205,13 @@ def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framewo
 
 
 def adapter_bytes(sizes: Sizes) -> int:
-    """The file of what was trained."""
-    return sizes.trained * sizes.trained_width
+    """The file of what was trained, and of what it rests on."""
+    return (sizes.trained + sizes.drawn) * sizes.trained_width
 
 
 def checkpoint_bytes(sizes: Sizes, config: PlanConfig) -> int:
     """What a checkpoint to resume from takes on disk: tensors, two moments and the best tensors."""
-    return round(2 * adapter_bytes(sizes) + state_bytes(sizes, config))
+    return round(2 * sizes.trained * sizes.trained_width + state_bytes(sizes, config))
 
 
 def item_size(dtype: str) -> int:

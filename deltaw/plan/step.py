@@ -21,6 +21,7 @@ from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import PLACES, attention_modules, packed_attention, takes_packed
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault
+from deltaw.inject import factors_as_drawn
 from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.counts import biases, with_task
 from deltaw.plan.found import Point, Step
@@ -118,6 +119,8 @@ def tune(model: Any, config: PlanConfig, method: Method) -> None:
     """Make the network's trainable parts those of the method; inputs of several layers are shared as in training."""
     if method == "lora":
         board = attach(model, with_task(config.lora, config.task), name="plan")
+        for name in factors_as_drawn(board.table("plan")) if config.freeze_a else ():
+            board.parameters("plan")[name].requires_grad_(False)
         look = example_inputs(1, ROOM + 1, packed=False)
         with Tape():
             board.share_inputs(lambda: model(**look, use_cache=False) if config.task == "causal-lm" else model(**look))

@@ -54,13 +54,14 @@ class Walks:
         def look() -> Any:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                return {"places": self._survey.places(self.config), "said": [str(w.message) for w in said]}
+                return {"places": [p.to_json() for p in self._survey.places(self.config)],
+                        "said": [str(w.message) for w in said]}
 
-        plain = self._question({"what": "places", "lora": _at_any_rank(lora)})
+        plain = self._question({"what": "places", **self._change(_at_any_rank(lora))})
         places = recall_shipped(plain, source, lambda answer: _places_at_rank(answer, lora))
         said: list[str] = []
         if places is None:
-            places, said = self._answer({"what": "places", "lora": lora.to_dict()}, look, _read_places)
+            places, said = self._answer({"what": "places", **self._change(lora)}, look, _read_places)
         for message in said:
             warnings.warn(message, stacklevel=2)
         return tuple(places)
@@ -74,7 +75,7 @@ class Walks:
             asked = {"what": "step", "method": point.method, "batch": batch, "length": length,
                      "packing": config.packing, "supervised": config.supervised,
                      "gradient_checkpointing": config.gradient_checkpointing,
-                     "lora": config.lora.to_dict() if point.method == "lora" else None}
+                     **self._change(config.lora if point.method == "lora" else None)}
             self._steps[key] = self._formed(point) or self._answer(
                 asked, lambda: self._survey.step(config, point).to_json(), Step.from_json)
         return self._steps[key]
@@ -90,7 +91,12 @@ class Walks:
         return self._question({
             "what": "form", "method": method, "packing": config.packing,
             "gradient_checkpointing": config.gradient_checkpointing,
-            "lora": _at_any_rank(config.lora) if method == "lora" else None})
+            **self._change(_at_any_rank(config.lora) if method == "lora" else None)})
+
+    def _change(self, lora: LoraConfig | None) -> dict[str, Any]:
+        """What is asked of a low-rank change; None of another way of tuning."""
+        frozen = {"freeze_a": True} if self.config.freeze_a and lora is not None else {}
+        return {"lora": None if lora is None else lora.to_dict(), **frozen}
 
     def _answer(self, asked: dict[str, Any], look: Callable[[], Any], read: Callable[[Any], _Found]) -> _Found:
         """The answer to a question, read the same way whether it was kept or is new."""
@@ -128,7 +134,7 @@ def _places_at_rank(answer: Any, lora: LoraConfig) -> list[Place]:
     return [place._replace(rank=lora.r) if place.rank else place for place in places]
 
 
-def _at_any_rank(lora: LoraConfig) -> dict[str, Any]:
+def _at_any_rank(lora: LoraConfig) -> LoraConfig:
     """A change apart from its rank and scale, which decide nothing of its sites and operations."""
     plain = LoraConfig()
-    return replace(lora, r=plain.r, lora_alpha=plain.lora_alpha).to_dict()
+    return replace(lora, r=plain.r, lora_alpha=plain.lora_alpha)

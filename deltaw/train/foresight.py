@@ -80,7 +80,7 @@ def look_ahead_together(config: TrainConfig, base: Base, examples: Mapping[str, 
             own[0], lora=config.lora, optimizer=config.optimizer, batch_size=batch, max_length=length,
             adapters=max(1, math.ceil(alike)), supervised=max(each.supervised for each in own), grad_accumulation=1,
             max_steps=rounds, mean_tokens=read / rounds, updates=alike * sum(steps) / len(steps) / rounds,
-            max_new_tokens=max(each.max_new_tokens for each in own),
+            max_new_tokens=max(each.max_new_tokens for each in own), freeze_a=all(each.freeze_a for each in own),
             release_memory=all(each.release_memory for each in own))
 
     return _said(config, f"this set of {len(trained)} jobs", asked)
@@ -128,7 +128,7 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
         batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
         grad_accumulation=config.grad_accumulation, packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing, release_memory=config.release_memory,
-        optimizer=config.optimizer,
+        optimizer=config.optimizer, freeze_a=config.freeze_a,
         dtype=str(base.dtype).removeprefix("torch."), device=_device(config),
         max_steps=optimizer_steps(config, passes), threads=config.threads,
         mean_tokens=min(mean_tokens(config, lengths, passes), math.prod(longest)),

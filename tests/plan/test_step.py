@@ -22,6 +22,7 @@ from deltaw.plan.tape import Tape, Work
 from deltaw.train.cross_entropy import STRETCH_VALUES
 from deltaw.train.memory import recompute_activations
 from deltaw.train.objective import CausalLoss
+from deltaw.train.tuning import LoraTuning
 
 
 def saved_by_autograd(model: Any, batch: dict[str, torch.Tensor], objective: CausalLoss) -> int:
@@ -43,19 +44,20 @@ def saved_by_autograd(model: Any, batch: dict[str, torch.Tensor], objective: Cau
     return total
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "layer"])
+@pytest.mark.parametrize(("checkpointing", "freeze_a"), [("off", False), ("layer", False), ("off", True)])
 @pytest.mark.parametrize("layers", [2, 5])
 def test_activations_without_values_equal_those_of_a_real_step(
-        checkpointing: str, layers: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+        checkpointing: str, freeze_a: bool, layers: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     fields = {"num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 96}
     model = tiny_llama(**fields).train()
     model.save_pretrained(tmp_path)
     lora = LoraConfig(r=4)
     config = PlanConfig(model=str(tmp_path), lora=lora, batch_size=3, max_length=50, packing="off",
-                        gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+                        freeze_a=freeze_a, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
     planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("lora", 3, 50)
 
     board = deltaw.attach(model, lora, seed=0)
+    LoraTuning(board, freeze_a=freeze_a)
     ids = torch.randint(3, 90, (3, 50))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     objective = CausalLoss()
