@@ -3,7 +3,7 @@
     training = framework + weights + adapters + gradients + optimizer + activations + logits + allocator
 
 `framework` is what a process holds before it has a weight: interpreter, torch, transformers, the data's libraries, and
-on a GPU its context. Activations and gradients are those that `step` finds; logits exist in stretches of a fixed size
+on a GPU its context. Activations and gradients are those that `step` finds; logits exist in stretches
 (`deltaw.train.cross_entropy`). `allocator` is what freed memory costs that is not given back: a share of what comes
 and goes, set on measured runs (`benchmarks/plan_accuracy.py`).
 """
@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deltaw.core.stretches import stretch_of
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
 PHASES: tuple[Phase, ...] = ("train", "evaluate", "save", "merge", "load")
 PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activations", "logits", "allocator")
 
-STRETCH_VALUES = 1 << 24
-"""Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
 STRIP = 1 << 22
 """Values of a packed weight that a CPU unpacks at once; as in `deltaw.core.packed`, which imports torch."""
 FRAMEWORK_CPU = 450 << 20
@@ -128,7 +127,7 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     """Bytes of a stretch's logits and of what is computed from them."""
     if config.task != "causal-lm":
         return 0.0
-    rows = min(config.supervised_tokens(batch, length), max(1, STRETCH_VALUES // sizes.vocabulary))
+    rows = stretch_of(config.supervised_tokens(batch, length), sizes.vocabulary)
     values = rows * sizes.vocabulary
     # log p takes the place of the logits, or is computed beside them: of a few rows, on a GPU of all.
     buffers = values * (item if item >= 4 or not gpu else item + 4)

@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from deltaw.core.stretches import stretch_of
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
 from deltaw.plan.found import Work
-from deltaw.plan.memory import STRETCH_VALUES, Sizes
+from deltaw.plan.memory import Sizes
 
 if TYPE_CHECKING:
     from deltaw.plan.calibrate import Rates
@@ -40,7 +41,7 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     if config.task != "causal-lm":
         return body
     rows = config.supervised_tokens(batch, length)
-    stretch = min(rows, max(1, STRETCH_VALUES // sizes.vocabulary))
+    stretch = stretch_of(rows, sizes.vocabulary)
     head = Work()
     products = 3 if sizes.trained_head else 2
     head.products[1, stretch, sizes.vocabulary, sizes.width] = 1

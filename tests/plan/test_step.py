@@ -12,14 +12,15 @@ import torch
 
 import deltaw
 from deltaw.bases.gated import gated_modules, product_made_again
-from deltaw.core import LoraConfig
+from deltaw.core import LoraConfig, stretches
 from deltaw.data import pack
 from deltaw.data.examples import Example
 from deltaw.plan.config import PlanConfig
+from deltaw.plan.memory import Sizes, logits
 from deltaw.plan.shapes import read_shapes
 from deltaw.plan.step import Steps
 from deltaw.plan.tape import Tape, Work
-from deltaw.train.cross_entropy import STRETCH_VALUES
+from deltaw.train import cross_entropy
 from deltaw.train.memory import recompute_activations
 from deltaw.train.objective import CausalLoss
 from deltaw.train.tuning import LoraTuning
@@ -138,7 +139,14 @@ def test_a_tape_forgets_what_is_gone() -> None:
     assert Work().plus(tape.total(), 2.0).moved == 2 * (8000 + 8000)
 
 
-def test_the_loss_holds_as_many_logits_as_the_plan_says() -> None:
-    from deltaw.plan import memory
-
-    assert memory.STRETCH_VALUES == STRETCH_VALUES
+@pytest.mark.parametrize("tokens", [5, 7, 8, 20, 21])
+def test_the_loss_holds_as_many_logits_as_the_plan_says(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stretches, "STRETCH_VALUES", 7 * 64)
+    h, head = torch.randn(tokens, 32), torch.nn.Linear(32, 64, bias=False).requires_grad_(False)
+    sums = cross_entropy._Sums(h, torch.zeros(tokens, dtype=torch.long), cross_entropy.OutputLayer(head),
+                               cross_entropy.Terms(), gradients=True)
+    assert sums.dh_NI is not None
+    sizes = Sizes(weights=0, matrices=0, largest=0, largest_tensor=0, vocabulary=64, width=32, trained=0,
+                  trained_width=4, inside=False)
+    planned = logits(sizes, PlanConfig(model="any"), 1, tokens, 4, learns=True)
+    assert planned == sums.buffers["logits"].nbytes + sums.dh_NI.nbytes
