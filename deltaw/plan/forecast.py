@@ -214,7 +214,14 @@ class Forecast:
         if packed is not None:
             pass_ += unpacking_seconds(sizes, packed, config, setting.item, setting.device, setting.rates)
         updates = config.updates or config.adapters
-        return config.grad_accumulation * pass_ + updates * optimizer_seconds(sizes, setting.device, setting.rates)
+        update = optimizer_seconds(sizes, config, setting.device, setting.rates, tensors=self.tensors)
+        return config.grad_accumulation * pass_ + updates * update
+
+    @property
+    def tensors(self) -> int:
+        """Trained tensors: the two factors of each site; of another way of tuning its layers, which is near enough."""
+        places = self.setting.places if self.method in ("lora", "qlora") else ()
+        return sum(1 if place.drawn or not place.rank else 2 for place in places) or self.setting.network.dims.layers
 
 
 def _touching_again(config: PlanConfig) -> float:

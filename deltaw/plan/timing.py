@@ -18,15 +18,17 @@ from deltaw.core.stretches import stretch_of
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
 from deltaw.plan.found import Work
-from deltaw.plan.memory import Sizes
+from deltaw.plan.memory import Sizes, state_bytes
 
 if TYPE_CHECKING:
     from deltaw.plan.calibrate import Rates
 
 _PASSES_OF_LOSS = 8
 """Times that a stretch's logits are read or written by the loss and its gradient."""
-_PASSES_OF_ADAMW = 7
-"""Parameter, gradient and two moments read; parameter and moments written."""
+_PASSES_OF_ADAMW = 3
+"""Parameter and gradient read, parameter written."""
+_PASSES_OF_MOMENTS = 2
+"""Each read and written."""
 _AROUND = 2.5
 """What an operation takes with the Python around it in a network, in starts of one in a chain."""
 FAULTS = 1.15
@@ -82,9 +84,13 @@ def unpacking_seconds(sizes: Sizes, packed: float, config: PlanConfig, item: int
     return times * (sizes.matrices * item + packed) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
-def optimizer_seconds(sizes: Sizes, device: Device, rates: Rates | None) -> float:
-    """An AdamW step of one adapter."""
+def optimizer_seconds(sizes: Sizes, config: PlanConfig, device: Device, rates: Rates | None, *,
+                      tensors: int = 1) -> float:
+    """An AdamW step of one adapter, whose values lie in so many tensors: one of 8 bits is begun anew for each."""
+    if rates is not None and rates.adamw8bit and config.optimizer == "adamw8bit":
+        return sizes.trained / between(rates.adamw8bit, max(1, sizes.trained // max(1, tensors)))
     moved = float(_PASSES_OF_ADAMW * sizes.trained * sizes.trained_width)
+    moved += _PASSES_OF_MOMENTS * state_bytes(sizes, config)
     if rates is not None:
         return moved / between(rates.bytes, 1 << 23)
     return moved / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
