@@ -54,6 +54,17 @@ def test_a_form_says_what_a_walk_says(model: str, method: Method, dtype: str, mo
     assert ordered(found.forward_work) == ordered(expected.forward_work)
 
 
+@pytest.mark.parametrize("mode", ["off", "layer"])
+@pytest.mark.parametrize("task", ["causal-lm", "seq-cls"])
+@pytest.mark.parametrize(("batch", "length", "rank"), [(1, 100, 8), (1, 2, 16), (2, 511, 1), (6, 333, 40), (8, 8, 8)])
+def test_a_classifier_has_a_form_of_its_own_for_one_example(task: str, mode: str, batch: int, length: int,
+                                                            rank: int) -> None:
+    config = PlanConfig(model="roberta-base", task=task, batch_size=batch, max_length=length,  # type: ignore[arg-type]
+                        lora=LoraConfig(r=rank), gradient_checkpointing=mode)  # type: ignore[arg-type]
+    expected = Steps(read_shapes("roberta-base", task=task), config, torch.bfloat16).at("lora", batch, length)
+    assert formed(config, "lora", "bfloat16") == expected
+
+
 def test_a_plan_by_forms_is_the_plan_that_a_walk_gives() -> None:
     config = replace(MODEL, batch_size=5, max_length=700, supervised=0.4, lora=LoraConfig(r=24), memory="200GB")
     assert formed(config, "lora", "bfloat16") is not None
