@@ -2,10 +2,11 @@
 
     python benchmarks/plan_speed.py [--quick] [--model llama3-70b]
 
-Each run is a fresh process; the first, which compiles bytecode as an installation does, is not counted. Three calls:
+Each run is a fresh process; the first, which compiles bytecode as an installation does, is not counted. Four calls:
 
     as shipped   the first plan in an empty home, with a plan's own batch and length: the package carries its answers
-    walked       the first plan in an empty home at another batch and length: the network is laid out and followed
+    otherwise    the first at another batch, length and rank: the package carries the form of its answers
+    walked       the first with other targets: the network is laid out and followed
     kept         the same once more
 
 The equality check is that `walked` and `kept` print the same bytes. Beside them stands what importing torch and
@@ -29,8 +30,8 @@ from pairs import Case, report
 
 IMPORTS = "import torch; from transformers import LlamaForCausalLM"
 
-
-OTHER = ["--batch-size", "3", "--max-length", "768"]
+OTHERWISE = ["--batch-size", "3", "--max-length", "768", "--r", "16"]
+WALKED = ["--target-modules", "q_proj,v_proj"]
 
 
 def main() -> int:
@@ -40,7 +41,8 @@ def main() -> int:
     parser.add_argument("--model", default="llama3-70b", help="a published shape's name")
     args = parser.parse_args()
     plan = ["-m", "deltaw.cli.main", "plan", "--model", args.model, "--device", "h100", "--json"]
-    calls = {"as shipped": plan, "walked": [*plan, *OTHER], "kept": [*plan, *OTHER], "imports": ["-c", IMPORTS]}
+    calls = {"as shipped": plan, "otherwise": [*plan, *OTHERWISE], "walked": [*plan, *WALKED], "kept": [*plan, *WALKED],
+             "imports": ["-c", IMPORTS]}
     times: dict[str, list[float]] = {name: [] for name in calls}
     said, peaks = dict.fromkeys(calls, ""), dict.fromkeys(calls, 0.0)
     with tempfile.TemporaryDirectory() as bytecode:
@@ -53,12 +55,13 @@ def main() -> int:
                     if turn:
                         times[name].append(seconds)
                         print(f"  {name}: {seconds:.2f} s", flush=True)
-    shipped, walked, kept, imports = (statistics.median(values) for values in times.values())
+    shipped, otherwise, walked, kept, imports = (statistics.median(values) for values in times.values())
     equal = said["walked"] == said["kept"] and json.loads(said["as shipped"])["parameters"] > 60e9
     limited = {"limit": 5.0, "equal": equal}
     return report("plan_speed", [
         Case(f"first plan of {args.model}, as shipped", "s", shipped, 1.0, "(limit 5 s)", 5.0, **limited),
-        Case("first plan at another batch and length, walked", "s", walked, 1.0, "(limit 5 s)", 5.0, **limited),
+        Case("first plan at another batch, length and rank", "s", otherwise, 1.0, "(limit 5 s)", 5.0, **limited),
+        Case("first plan with other targets, walked", "s", walked, 1.0, "(limit 5 s)", 5.0, **limited),
         Case("the same once more, kept", "s", kept, 1.0, "(limit 5 s)", 5.0, **limited),
         Case("walked, beside the imports alone", "s", walked, imports, "imports", 2.0, equal=equal),
         Case("its peak memory, walked", "GB", peaks["walked"] / 1e9, 1.0, "(limit 1 GB)", 1.0, limit=1.0,

@@ -1,8 +1,8 @@
 """Write what walks over the published shapes find, as the package carries it: `python docs/write_walked.py [NAME ...]`.
 
-For each shape: its sizes, the sites of a default LoRA, and a step of each way of tuning at a plan's own batch and
-length (and half of it), in bf16 and fp32, with layers kept and computed again. To be run again when the versions of
-torch or transformers change, or what a walk does; a test tells.
+For each shape: its sizes, the sites of a default LoRA, and a form of the steps of each way of tuning, in bf16 and fp32,
+with layers kept and computed again. To be run again when the versions of torch or transformers change, or what a walk
+does; a test tells. A shape takes about a minute.
 """
 
 from __future__ import annotations
@@ -15,15 +15,23 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from deltaw.core import LoraConfig
 from deltaw.errors import BaseModelError
 from deltaw.plan import kept
 from deltaw.plan.architectures import ARCHITECTURES
 from deltaw.plan.config import Method, PlanConfig
+from deltaw.plan.fitted import Look, find_forms
+from deltaw.plan.forms import At
+from deltaw.plan.found import Point
 from deltaw.plan.shapes import read_shapes
+from deltaw.plan.step import Heard, Steps
 from deltaw.plan.walks import Walks
 
 KINDS: tuple[Method, ...] = ("full", "bitfit", "preembed", "lora")
@@ -32,25 +40,40 @@ KINDS: tuple[Method, ...] = ("full", "bitfit", "preembed", "lora")
 
 def walked(name: str) -> dict[str, Any]:
     """Answers on a shape by key, all of them new."""
+    forms: dict[str, Any] = {}
     with _nothing_kept():
         for dtype in ("bfloat16", "float32"):
             for task in ("causal-lm", "seq-cls") if "bert" in name else ("causal-lm",):
                 with suppress(BaseModelError):  # DeBERTa writes no text
-                    _ask(PlanConfig(model=name, task=task), dtype)  # type: ignore[arg-type]
+                    forms |= _ask(PlanConfig(model=name, task=task), dtype)  # type: ignore[arg-type]
         files = sorted(kept.folder().glob("*.json"))
-        return {file.stem: json.loads(file.read_text(encoding="utf-8"))["answer"] for file in files}
+        answers = {file.stem: json.loads(file.read_text(encoding="utf-8"))["answer"] for file in files}
+        return json.loads(json.dumps(answers | forms))  # type: ignore[no-any-return]
 
 
-def _ask(config: PlanConfig, dtype: str) -> None:
-    walks = Walks(read_shapes(config.model, task=config.task, num_labels=config.num_labels), config, dtype)
+def _ask(config: PlanConfig, dtype: str) -> dict[str, Any]:
+    """Forms of steps by key; sizes and sites are kept on the way."""
+    shapes = read_shapes(config.model, task=config.task, num_labels=config.num_labels)
+    walks = Walks(shapes, config, dtype)
     assert walks.network.values
     assert walks.places
+    found = {}
     for mode in ("off", "layer"):
-        under = walks.under(replace(config, gradient_checkpointing=mode))  # type: ignore[arg-type]
         for kind in KINDS:
-            for length in (config.max_length, config.max_length // 2):
-                with suppress(BaseModelError):  # a step that cannot be followed has no answer
-                    under.at(kind, config.batch_size, length)
+            under = walks.under(replace(config, gradient_checkpointing=mode))  # type: ignore[arg-type]
+            forms = find_forms(_looks(under, kind), ranked=kind == "lora", learned=config.task == "causal-lm")
+            if forms:
+                found[kept.key(under.form_question(kind))] = [form.to_json() for form in forms]
+    return found
+
+
+def _looks(walks: Walks, kind: Method) -> Look:
+    """Steps at any point."""
+    def look(at: At) -> Heard:
+        config = replace(walks.config, lora=LoraConfig(r=at.r), supervised=at.S / (at.B * at.T))
+        return Steps(walks.shapes, config, getattr(torch, walks.dtype)).heard(Point(kind, at.B, at.T, at.r))
+
+    return cache(look)
 
 
 @contextmanager

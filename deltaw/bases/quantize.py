@@ -57,6 +57,17 @@ class Quantization:
     def __str__(self) -> str:
         return f"{self.format}, double quantization" if self.double_quant and self.format != "int8" else self.format
 
+    @classmethod
+    def read(cls, text: str | None) -> Quantization | None:
+        """What `str` gave; None for other words, such as the method of a checkpoint that came quantized.
+
+        >>> Quantization.read("nf4, double quantization"), Quantization.read("gptq")
+        (Quantization(format='nf4', double_quant=True), None)
+        """
+        formats: tuple[Format, ...] = get_args(Format)
+        ways = (cls(format=name, double_quant=double) for name in formats for double in (True, False))
+        return next((way for way in ways if str(way) == text), None)
+
 
 def stored_quantization(config: Any) -> str | None:
     """The method by which a checkpoint is quantized already, as its config names it; None for a plain one."""

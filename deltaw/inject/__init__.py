@@ -2,6 +2,6 @@
 
 from deltaw.inject.place import Hosts, strip
 from deltaw.inject.sites import Site, SiteMap, find_sites
-from deltaw.inject.targets import Target, resolve, saved_site
+from deltaw.inject.targets import Target, factors_as_drawn, resolve, saved_site
 
-__all__ = ["Hosts", "Site", "SiteMap", "Target", "find_sites", "resolve", "saved_site", "strip"]
+__all__ = ["Hosts", "Site", "SiteMap", "Target", "factors_as_drawn", "find_sites", "resolve", "saved_site", "strip"]

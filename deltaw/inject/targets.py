@@ -47,6 +47,14 @@ class Target:
         return self.site.geometry.count(self.rank)
 
 
+def factors_as_drawn(targets: Iterable[Target]) -> set[str]:
+    """Names of the factors that LoRA-FA (Zhang et al. 2023) leaves as they were drawn: every A but an embedding's.
+
+    That one starts at zero, and its B would never get a gradient.
+    """
+    return {f"{t.site.name}.lora_A" for t in targets if t.rank and t.site.geometry.kind != "embedding"}
+
+
 def resolve(config: LoraConfig, model: nn.Module, sites: SiteMap, *, made_before: bool = False) -> list[Target]:
     """The plan of a config on a model: low-rank sites in the model's order, then biases, then saved modules.
 

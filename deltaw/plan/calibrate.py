@@ -7,6 +7,7 @@ another machine or another number of threads is measured anew. Each figure is th
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ NARROW = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Smallest dimension of the products that are measured."""
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
 """Values of the tensors whose addition is measured."""
+STATES = (1 << 10, 1 << 14, 1 << 18, 1 << 22)
+"""Values of the tensors that an 8-bit AdamW is measured on."""
 _WIDE = 768
 _LEAST_S, _MOST_S = 0.02, 1.0
 
@@ -50,13 +53,15 @@ class Rates:
     """Seconds that an operation takes at least, its part in the graph and the backward pass included."""
     unpack: float = 0.0
     """Numbers of a 4-bit weight that are unpacked a second; 0 where bitsandbytes is not installed."""
+    adamw8bit: Mapping[int, float] = field(default_factory=dict)
+    """Numbers a second that an 8-bit AdamW updates, by the numbers of a tensor; empty without bitsandbytes."""
     seconds: float = 0.0
     """What measuring took."""
 
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 
@@ -95,6 +100,7 @@ def _round(dtype: torch.dtype) -> dict[str, Any]:
                  "narrow_inner": {k: _product(dtype, 1024, _WIDE, k) for k in NARROW},
                  "attention": _attention(dtype), "bytes": {n: _added(dtype, n) for n in SIZES},
                  "unpack": _unpacked(dtype)}
+    found["adamw8bit"] = {n: _updated(n) for n in STATES} if _has_bitsandbytes() else {}
     return found | {"start": _start()}
 
 
@@ -132,8 +138,18 @@ def _added(dtype: torch.dtype, values: int) -> float:
     return 3.0 * values * a.element_size() / seconds(lambda: a + b)
 
 
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _updated(values: int) -> float:
+    parameter = torch.nn.Parameter(torch.zeros(values))
+    parameter.grad = torch.ones(values)
+    return values / seconds(importlib.import_module("bitsandbytes").optim.AdamW8bit([parameter]).step)
+
+
 def _unpacked(dtype: torch.dtype) -> float:
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not _has_bitsandbytes():
         return 0.0
     shape = (1024, 4096)
     codes, state = pack_4bit(torch.randn(shape), "nf4", double_quant=True)

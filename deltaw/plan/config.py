@@ -53,6 +53,8 @@ class PlanConfig:
     """Compute activations twice: those of each layer, or of its attention only."""
     release_memory: bool = False
     """Give freed memory back to the system after each step (on a CPU): a little less at the peak, slower steps."""
+    freeze_a: bool = False
+    """LoRA-FA: train B alone over a random A."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW with float32 state, or with 8-bit state."""
     dtype: str = "auto"
@@ -125,6 +127,10 @@ class PlanConfig:
         """Tokens of a forward pass."""
         return self.batch_size * self.max_length
 
+    def supervised_tokens(self, batch: int, length: int) -> int:
+        """Tokens that are learned from, of this many examples of this length; one at least."""
+        return max(1, round(batch * length * self.supervised))
+
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the run, where they can be known."""
@@ -160,7 +166,7 @@ def _faults(config: PlanConfig) -> list[Fault]:
     for name in ("rows", "max_steps", "threads", "resident"):
         value = getattr(config, name)
         check(value is None or _whole(value), name, "a whole number >= 1, or nothing")
-    for name in ("release_memory", "double_quant"):
+    for name in ("release_memory", "double_quant", "freeze_a"):
         check(isinstance(getattr(config, name), bool), name, "true or false")
     for name in ("mean_tokens", "updates"):
         value = getattr(config, name)

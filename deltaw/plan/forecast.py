@@ -114,6 +114,11 @@ class Forecast:
             case "adapter-p":
                 return counts.pfeiffer(dims, config.bottleneck) + head
 
+    def drawn(self, rank: int) -> int:
+        """Values of the factors that stay as they were drawn."""
+        places = self.setting.places if self.method in ("lora", "qlora") else ()
+        return sum(place.drawn * (place.rank * rank // self.setting.config.lora.r) for place in places)
+
     def sizes(self, rank: int) -> Sizes:
         """What does not depend on the batch."""
         if rank not in self._sizes:
@@ -127,7 +132,8 @@ class Forecast:
         return Sizes(
             weights=base.weights, matrices=base.matrices, largest=base.largest_matrix,
             largest_tensor=base.largest_tensor, vocabulary=vocabulary, width=width,
-            trained=self.trained(rank), trained_width=setting.item if inside else 4, inside=inside,
+            trained=self.trained(rank), drawn=self.drawn(rank), trained_width=setting.item if inside else 4,
+            inside=inside,
             trained_head=vocabulary * width if self.method == "full" and config.task == "causal-lm" else 0,
             packed=setting.packed, stored=shapes.stored_bytes, recast=shapes.stored_dtype not in (None, setting.dtype))
 
@@ -208,7 +214,14 @@ class Forecast:
         if packed is not None:
             pass_ += unpacking_seconds(sizes, packed, config, setting.item, setting.device, setting.rates)
         updates = config.updates or config.adapters
-        return config.grad_accumulation * pass_ + updates * optimizer_seconds(sizes, setting.device, setting.rates)
+        update = optimizer_seconds(sizes, config, setting.device, setting.rates, tensors=self.tensors)
+        return config.grad_accumulation * pass_ + updates * update
+
+    @property
+    def tensors(self) -> int:
+        """Trained tensors: the two factors of each site; of another way of tuning its layers, which is near enough."""
+        places = self.setting.places if self.method in ("lora", "qlora") else ()
+        return sum(1 if place.drawn or not place.rank else 2 for place in places) or self.setting.network.dims.layers
 
 
 def _touching_again(config: PlanConfig) -> float:

@@ -63,9 +63,16 @@ class Place(NamedTuple):
     most: int
     """The rank above which nothing is gained."""
 
+    drawn: int = 0
+    """Values of each rank beside those, of an A that stays as it was drawn."""
+
     def count(self, rank: int) -> int:
         """Trained values at another rank: low-rank factors grow with it, and the rest stays."""
         return self.each * rank if self.rank else self.each
+
+    def to_json(self) -> list[Any]:
+        """Plain JSON values."""
+        return list(self) if self.drawn else list(self[:-1])
 
 
 @dataclass(frozen=True, slots=True)

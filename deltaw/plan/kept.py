@@ -1,7 +1,8 @@
 """Answers of walks that are kept: those of this machine's plans in a folder, those of published shapes in the package.
 
     DELTAW_HOME/plan/walks/<key>.json    {"asked": ..., "by": ..., "answer": ..., "check": ...}
-    deltaw/plan/walked/<shape>.json.gz   {"by": ..., "answers": {<key>: ...}}, written by `docs/write_walked.py`
+    deltaw/plan/walked/<shape>.json.gz   {"by": ..., "answers": {<key>: ...}}, written by `docs/write_walked.py`;
+                                         of steps those are forms, for any batch and length (`deltaw.plan.forms`)
 
 A key is a hash of the question. An answer counts only for the versions of torch and transformers that gave it, and in
 the folder only for the same files of deltaw. What is damaged, of other versions, or cannot be written, is as if it
@@ -28,7 +29,7 @@ MOST = 1000
 """Answers that are kept in the folder; the oldest go first."""
 _OURS = ("core", "bases", "inject", "switch", "plan")
 """Packages of deltaw that a walk runs."""
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError)
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 _Found = TypeVar("_Found")
 
 
@@ -36,6 +37,11 @@ def recall(asked: dict[str, Any], source: str, read: Callable[[Any], _Found]) ->
     """The kept answer to a question as `read` makes it, or None. `source` names the base, which may be published."""
     with suppress(*_DAMAGED):
         return read(_from_folder(asked))
+    return recall_shipped(asked, source, read)
+
+
+def recall_shipped(asked: dict[str, Any], source: str, read: Callable[[Any], _Found]) -> _Found | None:
+    """The same, of the package's answers alone."""
     with suppress(*_DAMAGED):
         return read(shipped(source)[key(asked)])
     return None

@@ -3,7 +3,7 @@
     training = framework + weights + adapters + gradients + optimizer + activations + logits + allocator
 
 `framework` is what a process holds before it has a weight: interpreter, torch, transformers, the data's libraries, and
-on a GPU its context. Activations and gradients are those that `step` finds; logits exist in stretches of a fixed size
+on a GPU its context. Activations and gradients are those that `step` finds; logits exist in stretches
 (`deltaw.train.cross_entropy`). `allocator` is what freed memory costs that is not given back: a share of what comes
 and goes, set on measured runs (`benchmarks/plan_accuracy.py`).
 """
@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deltaw.core.stretches import stretch_of
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
 PHASES: tuple[Phase, ...] = ("train", "evaluate", "save", "merge", "load")
 PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activations", "logits", "allocator")
 
-STRETCH_VALUES = 1 << 24
-"""Logits that exist at once; as in `deltaw.train.cross_entropy`, which stands above this package."""
 STRIP = 1 << 22
 """Values of a packed weight that a CPU unpacks at once; as in `deltaw.core.packed`, which imports torch."""
 FRAMEWORK_CPU = 450 << 20
@@ -89,6 +88,8 @@ class Sizes:
     """Bytes of each: four, but in full fine-tuning and BitFit those of the base's format."""
     inside: bool
     """Whether what is trained are the base's own tensors."""
+    drawn: int = 0
+    """Values that are held and stored beside the trained ones, and stay as they were drawn: the A of LoRA-FA."""
     trained_head: int = 0
     """Values of the output layer where it is trained too."""
     stored: int = 0
@@ -126,7 +127,7 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     """Bytes of a stretch's logits and of what is computed from them."""
     if config.task != "causal-lm":
         return 0.0
-    rows = min(max(1, round(batch * length * config.supervised)), max(1, STRETCH_VALUES // sizes.vocabulary))
+    rows = stretch_of(config.supervised_tokens(batch, length), sizes.vocabulary)
     values = rows * sizes.vocabulary
     # log p takes the place of the logits, or is computed beside them: of a few rows, on a GPU of all.
     buffers = values * (item if item >= 4 or not gpu else item + 4)
@@ -147,7 +148,7 @@ def held(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework:
          gpu: bool) -> dict[str, float]:
     """What is there from the first step to the last."""
     base, buffer = base_weights(sizes, config, method, item, gpu=gpu)
-    own = 0 if sizes.inside else sizes.trained * sizes.trained_width
+    own = 0 if sizes.inside else adapter_bytes(sizes)
     best = sizes.trained * sizes.trained_width
     return {"framework": framework, "weights": base + buffer, "adapters": config.adapters * own + best,
             "optimizer": config.adapters * state_bytes(sizes, config)}
@@ -190,7 +191,8 @@ def saving(sizes: Sizes, config: PlanConfig, method: Method, item: int, framewor
 def merging(sizes: Sizes, item: int) -> Memory:
     """`deltaw merge`: tensor by tensor; one that is copied, or a layer as stored, in float32 and its change."""
     one = max(sizes.largest_tensor * item, sizes.largest * (item + 4 + 4))
-    return Memory({"framework": float(FRAMEWORK_MERGE), "weights": float(one), "adapters": 4.0 * sizes.trained})
+    change = 4.0 * (sizes.trained + sizes.drawn)
+    return Memory({"framework": float(FRAMEWORK_MERGE), "weights": float(one), "adapters": change})
 
 
 def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framework: float, *, gpu: bool) -> Memory:
@@ -202,13 +204,13 @@ def loading(sizes: Sizes, config: PlanConfig, method: Method, item: int, framewo
 
 
 def adapter_bytes(sizes: Sizes) -> int:
-    """The file of what was trained."""
-    return sizes.trained * sizes.trained_width
+    """The file of what was trained, and of what it rests on."""
+    return (sizes.trained + sizes.drawn) * sizes.trained_width
 
 
 def checkpoint_bytes(sizes: Sizes, config: PlanConfig) -> int:
     """What a checkpoint to resume from takes on disk: tensors, two moments and the best tensors."""
-    return round(2 * adapter_bytes(sizes) + state_bytes(sizes, config))
+    return round(2 * sizes.trained * sizes.trained_width + state_bytes(sizes, config))
 
 
 def item_size(dtype: str) -> int:

@@ -8,10 +8,10 @@ is taken for all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import PLACES, attention_modules, packed_attention, takes_packed
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault
+from deltaw.inject import factors_as_drawn
 from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.counts import biases, with_task
 from deltaw.plan.found import Point, Step
@@ -32,6 +33,16 @@ ROOM = 1
 """Tokens of the look that finds which layers share their input."""
 
 
+class Heard(NamedTuple):
+    """A step, and the bytes that were alive after each tensor that came: their highest is the step's."""
+
+    step: Step
+    over: Sequence[int]
+    """In the backward pass, on top of what is kept."""
+    forward: Sequence[int]
+    """In a forward pass that keeps nothing."""
+
+
 class Steps:
     """Steps of one base under one config."""
 
@@ -40,22 +51,24 @@ class Steps:
 
     def at(self, method: Method, batch: int, length: int, rank: int | None = None) -> Step:
         """A step of this many examples of this length, of the whole network."""
-        return self._whole(Point.of(method, batch, length, rank or self.config.lora.r))
+        return self.heard(Point.of(method, batch, length, rank or self.config.lora.r)).step
 
-    def _whole(self, point: Point) -> Step:
+    def heard(self, point: Point) -> Heard:
+        """The same with all that was heard of the longest network that was run."""
         layers, period = self.shapes.layers, self.shapes.period
         if layers <= 2 * period:
             return self._run(point, layers)
         short, longer = self._run(point, period), self._run(point, 2 * period)
-        return longer.grown(short, (layers - 2 * period) / period)
+        return longer._replace(step=longer.step.grown(short.step, (layers - 2 * period) / period))
 
-    def _run(self, point: Point, layers: int) -> Step:
+    def _run(self, point: Point, layers: int) -> Heard:
         model = self.shapes.skeleton(self.config.task, self.dtype, layers)
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]), as_on_cpu():
                 config = replace(self.config, lora=replace(self.config.lora, r=point.rank, layers_to_transform=None))
-                step = _step(model, config, point)
-                return replace(step, forward=_forward_alone(model, config, point))
+                step, over = _step(model, config, point)
+                forward = _forward_alone(model, config, point)
+                return Heard(replace(step, over=max(over), forward=float(max(forward))), over, forward)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             raise BaseModelError(Fault(
                 f"base '{self.shapes.source}'", f"a step of it cannot be followed without data "
@@ -64,8 +77,8 @@ class Steps:
                 "Its parameters can be counted all the same: see `parameters` of the plan")) from error
 
 
-def _step(model: Any, config: PlanConfig, point: Point) -> Step:
-    """Run a step of a whole small network; its `forward` is not looked at."""
+def _step(model: Any, config: PlanConfig, point: Point) -> tuple[Step, list[int]]:
+    """Run a step of a whole small network, but for its peaks; and what the backward pass has alive on top."""
     tune(model, config, point.method)
     for parameter in model.parameters():  # gradients are known without being heard: here each goes as it comes
         if parameter.requires_grad:
@@ -83,29 +96,31 @@ def _step(model: Any, config: PlanConfig, point: Point) -> Step:
         tape.restart()
         if out.requires_grad:
             torch.autograd.backward([out], [torch.empty_like(out)])
-        over = tape.peak - kept
+        over = [height - kept for height in tape.heights]
         work = tape.total()
     del out
-    return Step(kept=kept, over=over, forward=0.0, work=work, forward_work=forward_work)
+    return Step(kept=kept, over=0.0, forward=0.0, work=work, forward_work=forward_work), over
 
 
 def _let_go(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _forward_alone(model: Any, config: PlanConfig, point: Point) -> float:
-    """The most that a forward has alive that keeps nothing: an evaluation, padded and not laid end to end."""
+def _forward_alone(model: Any, config: PlanConfig, point: Point) -> list[int]:
+    """What a forward has alive that keeps nothing: an evaluation, padded and not laid end to end."""
     inputs = example_inputs(point.batch, point.length, packed=False)
     model.eval()
     with torch.no_grad(), Tape([*tensors_of(model), *inputs.values()]) as tape:
         _forward(model, config, inputs, point)
-    return float(tape.peak)
+    return list(tape.heights)
 
 
 def tune(model: Any, config: PlanConfig, method: Method) -> None:
     """Make the network's trainable parts those of the method; inputs of several layers are shared as in training."""
     if method == "lora":
         board = attach(model, with_task(config.lora, config.task), name="plan")
+        for name in factors_as_drawn(board.table("plan")) if config.freeze_a else ():
+            board.parameters("plan")[name].requires_grad_(False)
         look = example_inputs(1, ROOM + 1, packed=False)
         with Tape():
             board.share_inputs(lambda: model(**look, use_cache=False) if config.task == "causal-lm" else model(**look))
@@ -136,7 +151,7 @@ def _forward(model: Any, config: PlanConfig, inputs: dict[str, Tensor], point: P
     if config.task != "causal-lm":
         logits: Tensor = model(**inputs).logits
         return logits
-    rows = max(1, round(point.batch * point.length * config.supervised))
+    rows = config.supervised_tokens(point.batch, point.length)
     seen: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

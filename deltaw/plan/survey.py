@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from deltaw.bases.heads import head_modules
 from deltaw.bases.quantize import linear_layers, stored_quantization
 from deltaw.bases.unpacked import UNPACKED
+from deltaw.inject import Target, factors_as_drawn
 from deltaw.plan import counts
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.found import Network, Place, Point, Step
@@ -45,12 +47,19 @@ class Survey:
     def places(self, config: PlanConfig) -> list[Place]:
         """Where the config's low-rank change goes."""
         found = counts.low_rank(self.model, config.lora, config.task)
-        return [Place(t.site.name, t.rank, t.site.geometry.count(1), t.site.geometry.max_rank if t.rank else 0)
-                for t in found]
+        drawn = factors_as_drawn(found) if config.freeze_a else set()
+        return [_place(t, drawn=f"{t.site.name}.lora_A" in drawn) for t in found]
 
     def step(self, config: PlanConfig, point: Point) -> Step:
         """A step, run on the network's first layers."""
         return Steps(self.shapes, config, self.dtype).at(*point)
+
+
+def _place(target: Target, *, drawn: bool) -> Place:
+    """The sizes of a site, whose A may stay as it was drawn."""
+    geometry = target.site.geometry
+    of_A = math.prod(geometry.factor_shapes(1)[0]) if drawn else 0
+    return Place(target.site.name, target.rank, geometry.count(1) - of_A, geometry.max_rank if target.rank else 0, of_A)
 
 
 def _matrices(model: Any) -> list[int]:

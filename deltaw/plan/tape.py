@@ -39,7 +39,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known: Iterable[Tensor] = (), *, answer: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.answer = answer
-        self.now = self.peak = 0
+        self.now = 0
+        self.heights = [0]
+        """Bytes alive after each tensor that came, since the last `restart`."""
         self.work = Work()
         self._products: Counter[tuple[int, int, int, int]] = self.work.products
         self._attention = self._moved = self._calls = 0.0
@@ -62,9 +64,14 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count(func, args, kwargs or {}, made, new)
         return out
 
+    @property
+    def peak(self) -> int:
+        """The most bytes that were alive since the last `restart`."""
+        return max(self.heights)
+
     def restart(self) -> None:
         """Take the present as the new peak."""
-        self.peak = self.now
+        self.heights = [self.now]
 
     def total(self) -> Work:
         """The work heard so far."""
@@ -73,7 +80,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _meet(self, storage: torch.UntypedStorage, size: int) -> None:
         self._sizes[storage._cdata] = size
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.heights.append(self.now)
         weakref.finalize(storage, self._forget, storage._cdata).atexit = False
 
     def _forget(self, key: int) -> None:

@@ -14,18 +14,21 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from deltaw.core.stretches import stretch_of
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
 from deltaw.plan.found import Work
-from deltaw.plan.memory import STRETCH_VALUES, Sizes
+from deltaw.plan.memory import Sizes, state_bytes
 
 if TYPE_CHECKING:
     from deltaw.plan.calibrate import Rates
 
 _PASSES_OF_LOSS = 8
 """Times that a stretch's logits are read or written by the loss and its gradient."""
-_PASSES_OF_ADAMW = 7
-"""Parameter, gradient and two moments read; parameter and moments written."""
+_PASSES_OF_ADAMW = 3
+"""Parameter and gradient read, parameter written."""
+_PASSES_OF_MOMENTS = 2
+"""Each read and written."""
 _AROUND = 2.5
 """What an operation takes with the Python around it in a network, in starts of one in a chain."""
 FAULTS = 1.15
@@ -39,8 +42,8 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     """A whole forward and backward pass: the network's body, the output layer and the loss."""
     if config.task != "causal-lm":
         return body
-    rows = max(1, round(batch * length * config.supervised))
-    stretch = min(rows, max(1, STRETCH_VALUES // sizes.vocabulary))
+    rows = config.supervised_tokens(batch, length)
+    stretch = stretch_of(rows, sizes.vocabulary)
     head = Work()
     products = 3 if sizes.trained_head else 2
     head.products[1, stretch, sizes.vocabulary, sizes.width] = 1
@@ -81,9 +84,13 @@ def unpacking_seconds(sizes: Sizes, packed: float, config: PlanConfig, item: int
     return times * (sizes.matrices * item + packed) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
-def optimizer_seconds(sizes: Sizes, device: Device, rates: Rates | None) -> float:
-    """An AdamW step of one adapter."""
+def optimizer_seconds(sizes: Sizes, config: PlanConfig, device: Device, rates: Rates | None, *,
+                      tensors: int = 1) -> float:
+    """An AdamW step of one adapter, whose values lie in so many tensors: one of 8 bits is begun anew for each."""
+    if rates is not None and rates.adamw8bit and config.optimizer == "adamw8bit":
+        return sizes.trained / between(rates.adamw8bit, max(1, sizes.trained // max(1, tensors)))
     moved = float(_PASSES_OF_ADAMW * sizes.trained * sizes.trained_width)
+    moved += _PASSES_OF_MOMENTS * state_bytes(sizes, config)
     if rates is not None:
         return moved / between(rates.bytes, 1 << 23)
     return moved / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)

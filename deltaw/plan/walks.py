@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deltaw.core.config import LoraConfig
 from deltaw.plan.config import Method, PlanConfig
+from deltaw.plan.forms import At, read_step
 from deltaw.plan.found import Network, Place, Point, Step
-from deltaw.plan.kept import keep, recall
+from deltaw.plan.kept import keep, recall, recall_shipped
 from deltaw.plan.shapes import Shapes
 
 if TYPE_CHECKING:
@@ -46,15 +49,19 @@ class Walks:
     @cached_property
     def places(self) -> tuple[Place, ...]:
         """Where the low-rank change goes; warns where the config's ranks are of no use."""
+        lora, source = self.config.lora, self.shapes.source
+
         def look() -> Any:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                return {"places": self._survey.places(self.config), "said": [str(w.message) for w in said]}
+                return {"places": [p.to_json() for p in self._survey.places(self.config)],
+                        "said": [str(w.message) for w in said]}
 
-        def read(answer: Any) -> tuple[list[Place], list[str]]:
-            return [Place(*place) for place in answer["places"]], list(map(str, answer["said"]))
-
-        places, said = self._answer({"what": "places", "lora": self.config.lora.to_dict()}, look, read)
+        plain = self._question({"what": "places", **self._change(_at_any_rank(lora))})
+        places = recall_shipped(plain, source, lambda answer: _places_at_rank(answer, lora))
+        said: list[str] = []
+        if places is None:
+            places, said = self._answer({"what": "places", **self._change(lora)}, look, _read_places)
         for message in said:
             warnings.warn(message, stacklevel=2)
         return tuple(places)
@@ -68,19 +75,43 @@ class Walks:
             asked = {"what": "step", "method": point.method, "batch": batch, "length": length,
                      "packing": config.packing, "supervised": config.supervised,
                      "gradient_checkpointing": config.gradient_checkpointing,
-                     "lora": config.lora.to_dict() if point.method == "lora" else None}
-            self._steps[key] = self._answer(asked, lambda: self._survey.step(config, point).to_json(), Step.from_json)
+                     **self._change(config.lora if point.method == "lora" else None)}
+            self._steps[key] = self._formed(point) or self._answer(
+                asked, lambda: self._survey.step(config, point).to_json(), Step.from_json)
         return self._steps[key]
+
+    def _formed(self, point: Point) -> Step | None:
+        """The step by a form that the package carries; None where it has none that covers this."""
+        at = At(point.batch, point.length, point.rank, self.config.supervised_tokens(point.batch, point.length))
+        return recall_shipped(self.form_question(point.method), self.shapes.source, lambda forms: read_step(forms, at))
+
+    def form_question(self, method: Method) -> dict[str, Any]:
+        """What a form of steps of this way of tuning depends on."""
+        config = self.config
+        return self._question({
+            "what": "form", "method": method, "packing": config.packing,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            **self._change(_at_any_rank(config.lora) if method == "lora" else None)})
+
+    def _change(self, lora: LoraConfig | None) -> dict[str, Any]:
+        """What is asked of a low-rank change; None of another way of tuning."""
+        frozen = {"freeze_a": True} if self.config.freeze_a and lora is not None else {}
+        return {"lora": None if lora is None else lora.to_dict(), **frozen}
 
     def _answer(self, asked: dict[str, Any], look: Callable[[], Any], read: Callable[[Any], _Found]) -> _Found:
         """The answer to a question, read the same way whether it was kept or is new."""
         shapes = self.shapes
         if shapes.gguf is not None:  # its config stands in a file that only transformers reads
             return read(look())
-        asked |= {"base": dict(shapes.values), "task": shapes.task, "dtype": self.dtype,
-                  "num_labels": shapes.num_labels if shapes.task == "seq-cls" else None}
+        asked = self._question(asked)
         found = recall(asked, shapes.source, read)
         return read(keep(asked, look())) if found is None else found
+
+    def _question(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """All that the answer depends on: what is asked, of this base."""
+        shapes = self.shapes
+        return asked | {"base": dict(shapes.values), "task": shapes.task, "dtype": self.dtype,
+                        "num_labels": shapes.num_labels if shapes.task == "seq-cls" else None}
 
     @cached_property
     def _survey(self) -> Survey:
@@ -88,3 +119,22 @@ class Walks:
         from deltaw.plan.survey import Survey
 
         return Survey(self.shapes, self.dtype)
+
+
+def _read_places(answer: Any) -> tuple[list[Place], list[str]]:
+    """Sites, and what was said of their ranks."""
+    return [Place(*place) for place in answer["places"]], list(map(str, answer["said"]))
+
+
+def _places_at_rank(answer: Any, lora: LoraConfig) -> list[Place]:
+    """Sites that were found for another rank, at the change's own; ValueError where ranks differ or are of no use."""
+    places, said = _read_places(answer)
+    if said or lora.rank_pattern or any(place.rank and place.most < lora.r for place in places):
+        raise ValueError(lora.r)
+    return [place._replace(rank=lora.r) if place.rank else place for place in places]
+
+
+def _at_any_rank(lora: LoraConfig) -> LoraConfig:
+    """A change apart from its rank and scale, which decide nothing of its sites and operations."""
+    plain = LoraConfig()
+    return replace(lora, r=plain.r, lora_alpha=plain.lora_alpha)

@@ -23,21 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.layers import CHILD, AdaptedLinear
+from deltaw.core.stretches import stretch_of
 
-STRETCH_VALUES = 1 << 24
-"""Logits that exist at once: 64 MB of float32."""
 _BLOCK = 16
 """Rows of a stretch whose logarithms are taken at once by a processor, in its cache; a GPU takes them all."""
-
-
-def stretch_of(tokens: int, vocabulary: int) -> int:
-    """Tokens whose logits exist at once: all stretches of a batch but the last have as many.
-
-    >>> stretch_of(1024, 49152), stretch_of(5, 49152)
-    (256, 5)
-    """
-    most = max(1, STRETCH_VALUES // vocabulary)
-    return -(-tokens // -(-tokens // most)) if tokens else most
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from deltaw.bases import Base
+from deltaw.bases.quantize import Quantization
 from deltaw.errors import ConfigError, DeltawError, Fault
 from deltaw.plan.config import METHODS, Method, PlanConfig
 from deltaw.plan.devices import resident_memory
@@ -39,7 +39,8 @@ def check_weights(config: TrainConfig) -> None:
     if config.plan != "refuse" or not is_local(config.model):
         return
     asked = PlanConfig(model=config.model, task=config.task, dtype=config.dtype, device=_device(config),
-                       methods=("lora" if config.quantize == "none" else "qlora",), quantize=_quantized(config),
+                       methods=("lora" if config.quantize == "none" else "qlora",),
+                       quantize="nf4" if config.quantize == "none" else config.quantize,
                        resident=resident_memory() or None)
     try:
         memory, device = loading(asked)
@@ -79,7 +80,7 @@ def look_ahead_together(config: TrainConfig, base: Base, examples: Mapping[str, 
             own[0], lora=config.lora, optimizer=config.optimizer, batch_size=batch, max_length=length,
             adapters=max(1, math.ceil(alike)), supervised=max(each.supervised for each in own), grad_accumulation=1,
             max_steps=rounds, mean_tokens=read / rounds, updates=alike * sum(steps) / len(steps) / rounds,
-            max_new_tokens=max(each.max_new_tokens for each in own),
+            max_new_tokens=max(each.max_new_tokens for each in own), freeze_a=all(each.freeze_a for each in own),
             release_memory=all(each.release_memory for each in own))
 
     return _said(config, f"this set of {len(trained)} jobs", asked)
@@ -119,20 +120,27 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
     classifies = config.task == "seq-cls"
     share = 1.0 if classifies or not stats.tokens else stats.supervised_tokens / stats.tokens
     labels = examples.train.label_names
-    passes = examples.batches_per_epoch
+    passes, held = examples.batches_per_epoch, Quantization.read(base.quantized)
     return PlanConfig(
         model=str(base.folder or config.model), task=config.task, lora=config.lora,
-        num_labels=len(labels) if labels else 2, methods=(planned_as(config),), quantize=_quantized(config),
+        num_labels=len(labels) if labels else 2, methods=(planned_as(config, held),),
+        quantize="nf4" if held is None else held.format, double_quant=held is None or held.double_quant,
         batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
         grad_accumulation=config.grad_accumulation, packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing, release_memory=config.release_memory,
-        optimizer=config.optimizer,
+        optimizer=config.optimizer, freeze_a=config.freeze_a,
         dtype=str(base.dtype).removeprefix("torch."), device=_device(config),
-        max_steps=optimizer_steps(config, passes), double_quant=config.double_quant, threads=config.threads,
+        max_steps=optimizer_steps(config, passes), threads=config.threads,
         mean_tokens=min(mean_tokens(config, lengths, passes), math.prod(longest)),
         max_new_tokens=config.max_new_tokens, bottleneck=config.baseline.bottleneck,
         virtual_tokens=max(1, config.baseline.prefix_tokens + config.baseline.infix_tokens),
-        resident=resident_memory() + AHEAD if _device(config) == "cpu" and resident_memory() else None)
+        resident=_resident(base, held) if _device(config) == "cpu" else None)
+
+
+def _resident(base: Base, held: Quantization | None) -> int | None:
+    """Bytes of this process beside its base: one that was packed is in memory already, another is a mapped file."""
+    now, packed = resident_memory(), 0 if held is None else base.model.get_memory_footprint()
+    return max(now - packed, 0) + AHEAD if now else None
 
 
 def mean_tokens(config: TrainConfig, lengths: NDArray[np.int64], passes: int) -> float:
@@ -151,18 +159,14 @@ def optimizer_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     return config.max_steps or max(1, math.ceil(config.epochs * batches_per_epoch / config.grad_accumulation))
 
 
-def planned_as(config: TrainConfig) -> Method:
-    """The plan's name of what is trained; ConfigError for a method that it does not know."""
+def planned_as(config: TrainConfig, held: Quantization | None) -> Method:
+    """The plan's name of what is trained on a base that is held so; ConfigError for a method that it does not know."""
     if config.method == "lora":
-        return "lora" if config.quantize == "none" else "qlora"
+        return "lora" if held is None else "qlora"
     known = next((method for method in METHODS if method == config.method), None)
-    if known is None or config.quantize != "none":
-        raise ConfigError(Fault("plan", f"knows no {config.method} with quantize {config.quantize}", "another method"))
+    if known is None or held is not None:
+        raise ConfigError(Fault("plan", f"knows no {config.method} with quantize {held or 'none'}", "another method"))
     return known
-
-
-def _quantized(config: TrainConfig) -> Literal["nf4", "fp4", "int8"]:
-    return "nf4" if config.quantize == "none" else config.quantize
 
 
 def _device(config: TrainConfig) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from deltaw import bases
+from deltaw.core.stretches import STRETCH_VALUES
 from deltaw.errors import DeltawError, Fault, StateError, near
 from deltaw.switch import Banks, Switchboard, attach, detach
 from deltaw.train.announce import say
 from deltaw.train.config import TrainConfig
-from deltaw.train.cross_entropy import STRETCH_VALUES
 from deltaw.train.foresight import check_weights, look_ahead_together
 from deltaw.train.interrupt import Interrupt, TrainInterrupted
 from deltaw.train.job import ActiveJob, BaseFigures, Job, JobResult

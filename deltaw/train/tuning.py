@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltaw.baselines import Row
 from deltaw.bases import Fingerprint
+from deltaw.inject import factors_as_drawn
 from deltaw.store.locate import CONFIG_FILE, RECORD_FILE, TENSORS_FILE
 from deltaw.switch import Switchboard
 
@@ -75,13 +76,9 @@ class LoraTuning:
     file_names = (CONFIG_FILE, TENSORS_FILE, RECORD_FILE)
 
     def __init__(self, board: Switchboard, name: str = "default", *, freeze_a: bool = False) -> None:
-        """With `freeze_a` every A stays as it was drawn and only the rest is trained (LoRA-FA, Zhang et al. 2023).
-
-        An embedding's A is trained all the same: it starts at zero, and B would never get a gradient.
-        """
+        """With `freeze_a` every A stays as it was drawn and only the rest is trained (`inject.factors_as_drawn`)."""
         self.board, self.name = board, name
-        self._frozen = {f"{t.site.name}.lora_A" for t in board.table(name)
-                        if freeze_a and t.site.geometry.kind != "embedding"}
+        self._frozen = factors_as_drawn(board.table(name)) if freeze_a else set()
         for name_, parameter in board.parameters(name).items():
             if name_ in self._frozen:
                 parameter.requires_grad_(False)

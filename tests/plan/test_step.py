@@ -12,16 +12,18 @@ import torch
 
 import deltaw
 from deltaw.bases.gated import gated_modules, product_made_again
-from deltaw.core import LoraConfig
+from deltaw.core import LoraConfig, stretches
 from deltaw.data import pack
 from deltaw.data.examples import Example
 from deltaw.plan.config import PlanConfig
+from deltaw.plan.memory import Sizes, logits
 from deltaw.plan.shapes import read_shapes
 from deltaw.plan.step import Steps
 from deltaw.plan.tape import Tape, Work
-from deltaw.train.cross_entropy import STRETCH_VALUES
+from deltaw.train import cross_entropy
 from deltaw.train.memory import recompute_activations
 from deltaw.train.objective import CausalLoss
+from deltaw.train.tuning import LoraTuning
 
 
 def saved_by_autograd(model: Any, batch: dict[str, torch.Tensor], objective: CausalLoss) -> int:
@@ -43,19 +45,20 @@ def saved_by_autograd(model: Any, batch: dict[str, torch.Tensor], objective: Cau
     return total
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "layer"])
+@pytest.mark.parametrize(("checkpointing", "freeze_a"), [("off", False), ("layer", False), ("off", True)])
 @pytest.mark.parametrize("layers", [2, 5])
 def test_activations_without_values_equal_those_of_a_real_step(
-        checkpointing: str, layers: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+        checkpointing: str, freeze_a: bool, layers: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     fields = {"num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 96}
     model = tiny_llama(**fields).train()
     model.save_pretrained(tmp_path)
     lora = LoraConfig(r=4)
     config = PlanConfig(model=str(tmp_path), lora=lora, batch_size=3, max_length=50, packing="off",
-                        gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+                        freeze_a=freeze_a, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
     planned = Steps(read_shapes(str(tmp_path)), config, torch.float32).at("lora", 3, 50)
 
     board = deltaw.attach(model, lora, seed=0)
+    LoraTuning(board, freeze_a=freeze_a)
     ids = torch.randint(3, 90, (3, 50))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     objective = CausalLoss()
@@ -136,7 +139,14 @@ def test_a_tape_forgets_what_is_gone() -> None:
     assert Work().plus(tape.total(), 2.0).moved == 2 * (8000 + 8000)
 
 
-def test_the_loss_holds_as_many_logits_as_the_plan_says() -> None:
-    from deltaw.plan import memory
-
-    assert memory.STRETCH_VALUES == STRETCH_VALUES
+@pytest.mark.parametrize("tokens", [5, 7, 8, 20, 21])
+def test_the_loss_holds_as_many_logits_as_the_plan_says(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stretches, "STRETCH_VALUES", 7 * 64)
+    h, head = torch.randn(tokens, 32), torch.nn.Linear(32, 64, bias=False).requires_grad_(False)
+    sums = cross_entropy._Sums(h, torch.zeros(tokens, dtype=torch.long), cross_entropy.OutputLayer(head),
+                               cross_entropy.Terms(), gradients=True)
+    assert sums.dh_NI is not None
+    sizes = Sizes(weights=0, matrices=0, largest=0, largest_tensor=0, vocabulary=64, width=32, trained=0,
+                  trained_width=4, inside=False)
+    planned = logits(sizes, PlanConfig(model="any"), 1, tokens, 4, learns=True)
+    assert planned == sums.buffers["logits"].nbytes + sums.dh_NI.nbytes

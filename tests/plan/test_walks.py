@@ -33,6 +33,7 @@ def new(config: PlanConfig, *, search: bool = True) -> str:
     """The plan with nothing recalled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walks, "recall", lambda *_: None)
+        patch.setattr(walks, "recall_shipped", lambda *_: None)
         return said(config, search=search)
 
 
@@ -113,11 +114,13 @@ def test_a_rank_that_is_of_no_use_is_told_each_time(config: PlanConfig) -> None:
             plan(replace(config, methods=("lora",), lora=LoraConfig(r=4, rank_pattern={"0.self_attn.k_proj": 500})))
 
 
-def test_a_published_shape_needs_neither_torch_nor_transformers_nor_a_home() -> None:
+@pytest.mark.parametrize("options", [
+    [], ["--batch-size", "3", "--max-length", "5000", "--r", "32", "--supervised", "0.3"]], ids=["plain", "otherwise"])
+def test_a_published_shape_needs_neither_torch_nor_transformers_nor_a_home(options: list[str]) -> None:
     if not kept.shipped("llama3-70b"):
         pytest.skip("the package's answers are of other versions of torch or transformers")
     code = ("import sys; from deltaw.cli.main import main; "
-            "assert main(['plan', '--model', 'llama3-70b', '--device', 'h100', '--json']) == 0; "
+            f"assert main(['plan', '--model', 'llama3-70b', '--device', 'h100', '--json', *{options}]) == 0; "
             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["parameters"] == 70_553_706_496

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import LoraConfig
-from deltaw.train import cross_entropy
+from deltaw.core import stretches
 from deltaw.train.cross_entropy import OutputLayer, Terms, token_loss
 from tests.device import DEVICE, randint, randn
 from tests.laws.dense import fill
@@ -21,7 +21,7 @@ V, I, N = 50, 8, 23  # noqa: E741
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches of seven tokens, so that there are four of them and the last is short."""
-    monkeypatch.setattr(cross_entropy, "STRETCH_VALUES", 7 * V)
+    monkeypatch.setattr(stretches, "STRETCH_VALUES", 7 * V)
 
 
 def dense(z_NV: Tensor, targets: Tensor, terms: Terms) -> Tensor:

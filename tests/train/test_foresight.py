@@ -35,7 +35,7 @@ def run(tiny_llama: Any, tmp_path: Any) -> tuple[TrainConfig, Any, Any]:
     train = SimpleNamespace(lengths=np.array([10, 900, 1000, 20, 1100]), label_names=None,
                             stats=SimpleNamespace(tokens=3030, supervised_tokens=1515))
     examples = SimpleNamespace(train=train, train_rows=np.arange(5), config=config, batches_per_epoch=2)
-    return config, SimpleNamespace(folder=tmp_path, dtype=torch.float32), examples
+    return config, SimpleNamespace(folder=tmp_path, dtype=torch.float32, quantized=None), examples
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -136,6 +136,24 @@ def test_a_set_is_asked_by_each_jobs_own_batches_and_steps(run: Any, monkeypatch
     assert found.steps == math.ceil(read / 512)
     assert found.mean_tokens == pytest.approx(read / found.steps)
     assert found.updates == pytest.approx(1.5 * 7 / found.steps)
+
+
+def test_a_base_that_was_quantized_before_it_was_given_is_planned_as_it_is(
+        run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, examples = run
+    jobs, resident = {"one": examples, "two": examples}, list[Any]()
+    for stored, double, method in ((None, True, "lora"), ("nf4", False, "qlora"), ("int8", True, "qlora"),
+                                   ("nf4, double quantization", True, "qlora"), ("gptq", True, "lora")):
+        model = SimpleNamespace(get_memory_footprint=lambda: 50 << 20)
+        given = SimpleNamespace(**{**vars(base), "quantized": stored, "model": model})
+        found = asked_of(monkeypatch, lambda given=given: look_ahead_together(  # type: ignore[misc]
+            config, given, jobs, trained=[100, 100], tokens=512))
+        assert (found.methods, found.double_quant) == ((method,), double)
+        assert method == "lora" or stored.startswith(found.quantize)
+        resident.append(found.resident)
+    for i in (1, 2, 3):  # packed weights are in memory already
+        assert resident[0] - resident[i] == pytest.approx(50 << 20, abs=20 << 20)
+    assert resident[4] == pytest.approx(resident[0], abs=20 << 20)
 
 
 def test_where_nothing_helps_that_is_what_is_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
