@@ -90,12 +90,25 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     return _each(query, key, value, places, dropout, scale, window), None
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of rows that are causal throughout (B, heads, T, D), as (B, T, heads, D), by what is quickest here."""
+    if _is_ours(query, key, value):
+        own: Tensor = torch.ops.deltaw.packed_attention(query, key, value, None, scale)[0]
+        return own
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale,
+                                          enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)
+
+
+def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a kernel of ours is quicker than torch's, for rows without places too."""
+    return native_attention.fits(query, key, value) or blocked_attention.is_quicker(query)
+
+
 def _is_plainly_causal(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                        dropout: float, others: dict[str, Any]) -> bool:
     """Whether rows without places are causal throughout, and quicker with a kernel of ours."""
     causal = others.get("is_causal")
-    quicker = native_attention.fits(query, key, value) or blocked_attention.is_quicker(query)
-    return (quicker and mask is None and not dropout and others.get("position_bias") is None
+    return (_is_ours(query, key, value) and mask is None and not dropout and others.get("position_bias") is None
             and others.get("cache") is None and others.get("softcap") is None
             and bool(getattr(module, "is_causal", True) if causal is None else causal)
             and query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1])

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from deltaw.bases.packed_attention import causal_attention
 from deltaw.bases.packing import pack_4bit
 from deltaw.core.home import home
 from deltaw.core.packed import Packed, Workspace
@@ -61,7 +62,7 @@ class Rates:
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|own attention"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 
@@ -129,7 +130,7 @@ def _product(dtype: torch.dtype, rows: int, outputs: int, inner: int) -> float:
 
 def _attention(dtype: torch.dtype) -> float:
     q = torch.randn(2, 8, 512, 64).to(dtype)
-    took = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    took = seconds(lambda: causal_attention(q, q, q, 64**-0.5))
     return 4.0 * 2 * 8 * 64 * 512 * 512 / 2 / took
 
 
