@@ -25,7 +25,8 @@ def is_for(x: Tensor, projections: Sequence[Projection]) -> bool:
     return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
             and all(t.requires_grad and t.dtype == torch.float32 for t in factors)
             and not any(isinstance(p.W, Stripped) for p in projections) and all(width % 32 == 0 for width in widths)
-            and sum(p.A.shape[0] + p.A.shape[0] % 2 for p in projections) <= native_low_rank.WIDEST and native_low_rank.is_there())
+            and sum(p.A.shape[0] + p.A.shape[0] % 2 for p in projections) <= native_low_rank.WIDEST
+            and native_low_rank.is_there())
 
 
 def low_rank_linear(x: Tensor, projections: Sequence[Projection]) -> Sequence[Tensor]:
