@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.core.compiled import NATIVE, NoKernel, compiled, products_without_tiles
+from deltaw.core.compiled import NATIVE, NoKernel, passes, products_without_tiles
 
 
 class _Span(ctypes.Structure):
@@ -61,10 +61,7 @@ def why_not() -> str:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = compiled(NATIVE / "attention.c", ("-fopenmp",))
-    for function in (library.forward, library.backward):
-        function.argtypes, function.restype = [ctypes.POINTER(_Job)], ctypes.c_bool
-    return library
+    return passes(NATIVE / "attention.c", _Job)
 
 
 def forward(scale: float, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None, y: Tensor, lse: Tensor) -> None:

@@ -48,6 +48,14 @@ def compiled(main: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:
         raise NoKernel(f"{Path(compiler).name} made none ({type(error).__name__})") from error
 
 
+def passes(main: Path, job: type[ctypes.Structure]) -> ctypes.CDLL:
+    """The library of a C file with `forward` and `backward`: each takes a job, and says if there was memory for it."""
+    library = compiled(main, ("-fopenmp",))
+    for function in (library.forward, library.backward):
+        function.argtypes, function.restype = [ctypes.POINTER(job)], ctypes.c_bool
+    return library
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def products_without_tiles() -> bool:
     """Whether this processor multiplies bfloat16 natively and has no tile registers for it."""

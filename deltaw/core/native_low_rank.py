@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.bank import Place
-from deltaw.core.compiled import NATIVE, NoKernel, compiled, products_without_tiles
+from deltaw.core.compiled import NATIVE, NoKernel, passes, products_without_tiles
 
 WIDEST = 256
 """Most columns of h; wider products are as quick by themselves."""
@@ -124,10 +124,7 @@ def _was_made() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = compiled(NATIVE / "low_rank.c", ("-fopenmp",))
-    for function in (library.forward, library.backward):
-        function.argtypes, function.restype = [ctypes.POINTER(_Job)], ctypes.c_bool
-    return library
+    return passes(NATIVE / "low_rank.c", _Job)
 
 
 def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
