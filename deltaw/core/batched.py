@@ -123,11 +123,17 @@ class _Plan:
         places = [[f.place for f in own if f.place is not None] for own in factors]
         self.places = places if all(map(len, places)) and sum(map(len, places)) * 2 == len(self.tensors) else []
         """Where all factors lie in banks, to which their gradients go; nothing if some lie elsewhere."""
-        segments = [Segment(g.start, g.stop, [Part(i, f.A, f.B, f.scale) for i, f in enumerate(g.factors)
-                                              if f is not None]) for g in groups]
-        self.segments = segments if native_low_rank.fits(x, self.outputs, segments) and min(self.kept) == 1.0 else []
+        self.segments = self._segments(groups, x)
         """All of them, where the kernel takes them; then there are no runs."""
         self.runs = [] if self.segments else list(self._runs())
+
+    def _segments(self, groups: Sequence[Group], x: Tensor) -> list[Segment]:
+        """All segments where the kernel takes them, else none."""
+        if not native_low_rank.takes(x) or any(kept != 1.0 for kept in self.kept):
+            return []
+        segments = [Segment(g.start, g.stop, [Part(i, f.A, f.B, f.scale) for i, f in enumerate(g.factors)
+                                              if f is not None]) for g in groups]
+        return segments if native_low_rank.fits(x, self.outputs, segments) else []
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """The segments in runs that are computed at once: from the one, up to the other."""
@@ -240,7 +246,7 @@ class _GroupedLinear(torch.autograd.Function):
         if plan.segments:
             places = [place for part in plan.places for place in part]
             found = native_low_rank.gradients(x_TI, H[0], g, dx_TI, plan.segments, places)
-        for (first, stop), h in zip(plan.runs, H, strict=bool(plan.runs)):
+        for (first, stop), h in zip(plan.runs, [] if plan.segments else H, strict=True):
             rows, own = plan.of_run(first, stop, factors)
             of_run = x_TI[rows], h, [None if g_TO is None else g_TO[rows] for g_TO in g], \
                 None if dx_TI is None else dx_TI[rows]

@@ -18,7 +18,8 @@ from deltaw.core.native_low_rank import Part, Segment
 
 def native_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...] | None:
     """What `low_rank_linear` returns, where the kernel can be asked and all factors are trained; else None."""
-    if not all(t.requires_grad for p in projections for t in (p.A, p.B)) or not x.numel():
+    if not native_low_rank.takes(x) or not x.numel() \
+            or not all(t.requires_grad for p in projections for t in (p.A, p.B)):
         return None
     segments = [Segment(0, x.numel() // x.shape[-1], [Part(i, p.A, p.B, p.scale) for i, p in enumerate(projections)])]
     if not native_low_rank.fits(x, [p.W.shape[0] for p in projections], segments):

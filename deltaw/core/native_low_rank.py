@@ -65,15 +65,20 @@ class _Job(ctypes.Structure):
                 *((name, _Rows) for name in ("x", "dx", "h")), ("y", ctypes.c_char_p)]
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the kernel is for an input (..., I) such as this; asked first, since it costs nothing."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % 32 == 0 and is_there()
+
+
 def fits(x: Tensor, outputs: Sequence[int], segments: Sequence[Segment]) -> bool:
     """Whether the kernel can be asked for the changes of these segments of x (..., I) to outputs of these widths."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.compiler.is_compiling() or not segments:
+    if not segments or not takes(x) or torch.compiler.is_compiling():
         return False
     factors = [t for segment in segments for part in segment.parts for t in (part.A, part.B)]
     dtype = factors[0].dtype
-    return (all(width % 32 == 0 for width in (x.shape[-1], *outputs)) and dtype in (torch.float32, torch.bfloat16)
+    return (all(width % 32 == 0 for width in outputs) and dtype in (torch.float32, torch.bfloat16)
             and all(t.dtype == dtype and t.is_contiguous() for t in factors)
-            and max(segment.columns for segment in segments) <= WIDEST and is_there())
+            and max(segment.columns for segment in segments) <= WIDEST)
 
 
 def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None,
@@ -84,8 +89,14 @@ def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Ten
     """
     g = [None if g_TO is None else g_TO.contiguous() for g_TO in g]
     parts = [part for segment in segments for part in segment.parts]
-    own = [_own_target(part) if place is None or not _is_target(place) else Target(*place.gradients)
-           for part, place in zip_longest(parts, places)]
+    fresh = {place for place in places if _is_target(place)}
+    own = []
+    for part, place in zip_longest(parts, places):
+        if place in fresh:
+            fresh.remove(place)  # an adapter's next segment is added to what this one writes
+            own.append(Target(*place.gradients))
+        else:
+            own.append(_own_target(part))
     backward(x_TI, h_TC, g, dx_TI, segments, own)
     if not places:
         return [None if g[part.which] is None else grad for part, to in zip(parts, own, strict=True) for grad in to]
@@ -150,6 +161,7 @@ def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tens
 
 def _run(function: Callable[[Any], bool], segments: Sequence[Segment], x: Tensor, dx: Tensor | None, h: Tensor,
          y: Sequence[Tensor | None], targets: Sequence[Target] | None) -> None:
+    x = x if x.stride(1) == 1 else x.contiguous()
     parts = [part for segment in segments for part in segment.parts]
     if targets is None:
         packed = [_PART.pack(part.which, len(part.A), part.A.data_ptr(), part.B.data_ptr(), 0, 0, part.scale)

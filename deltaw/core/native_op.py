@@ -21,12 +21,10 @@ from deltaw.core.native_low_rank import Part, Segment
 def is_for(x: Tensor, projections: Sequence[Projection]) -> bool:
     """Whether the operation takes these layers of x, from what a compiler knows of tensors."""
     factors = [t for p in projections for t in (p.A, p.B)]
-    widths = [x.shape[-1], *(p.B.shape[0] for p in projections)]
-    return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
+    return (native_low_rank.takes(x) and torch.is_grad_enabled() and all(p.B.shape[0] % 32 == 0 for p in projections)
             and all(t.requires_grad and t.dtype == torch.float32 for t in factors)
-            and not any(isinstance(p.W, Stripped) for p in projections) and all(width % 32 == 0 for width in widths)
-            and sum(p.A.shape[0] + p.A.shape[0] % 2 for p in projections) <= native_low_rank.WIDEST
-            and native_low_rank.is_there())
+            and not any(isinstance(p.W, Stripped) for p in projections)
+            and sum(p.A.shape[0] + p.A.shape[0] % 2 for p in projections) <= native_low_rank.WIDEST)
 
 
 def low_rank_linear(x: Tensor, projections: Sequence[Projection]) -> Sequence[Tensor]:

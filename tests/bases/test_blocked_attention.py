@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from deltaw.bases import blocked_attention
 from deltaw.bases.packed_attention import attend
 from deltaw.bases.packed_rows import Evenly, Padded, together
+from tests.bases.causal import check_that_nan_stays_with_its_example, made
 
 NEAR = 0.006
 """Of bfloat16: the error of torch's own kernel in its worst gradient is 0.005."""
@@ -23,13 +24,6 @@ def _in_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(blocked_attention, "is_quicker", lambda query: query.device.type == "cpu")
     yield
     blocked_attention.release()
-
-
-def made(batch: int, tokens: int, heads: int, kv: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key and value as a model lays them out: tokens first in memory."""
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(batch, tokens, n, width, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
-            for n in (heads, kv, kv)]
 
 
 def both(inputs: list[torch.Tensor], out: torch.Tensor, sees: torch.Tensor, scale: float) -> Iterator[float]:
@@ -83,22 +77,7 @@ def test_long_examples_go_to_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_neighbour_that_is_not_a_number_changes_nothing() -> None:
-    lengths = [66, 70, 69]
-    places = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    inputs = made(1, sum(lengths), 4, 2, 8, torch.bfloat16)
-
-    def results() -> list[torch.Tensor]:
-        out, _ = attend(torch.nn.Module(), *inputs, None, cu_seq_lens_q=places)
-        return [out.transpose(1, 2), *torch.autograd.grad(out.float().square().sum(), inputs)]
-
-    before = results()
-    with torch.no_grad():
-        for t in inputs:
-            t[:, :, 66:136] = torch.nan
-    for mine, was in zip(results(), before, strict=True):
-        assert mine[:, :, 66:136].isnan().all()
-        for others in (slice(0, 66), slice(136, None)):
-            assert torch.equal(mine[:, :, others], was[:, :, others])
+    check_that_nan_stays_with_its_example(8)
 
 
 @pytest.mark.parametrize("others", [

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from deltaw.bases import native_attention
 from deltaw.bases.packed_attention import attend
 from deltaw.core import compiled
+from tests.bases.causal import check_that_nan_stays_with_its_example, made
 
 LEAST = 0.003
 """Relative error that is no wonder in bfloat16, whose numbers have 8 bits."""
@@ -21,13 +22,6 @@ LEAST = 0.003
 needs_kernel = pytest.mark.skipif(
     not native_attention.fits(*[torch.empty(1, 1, 1, 32, dtype=torch.bfloat16)] * 3),
     reason="the kernel wants AVX512-BF16 without AMX, and a C compiler")
-
-
-def made(batch: int, tokens: int, heads: int, kv: int, width: int) -> list[torch.Tensor]:
-    """Query, key and value as a model lays them out: tokens first in memory."""
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(batch, tokens, n, width, generator=generator).bfloat16().transpose(1, 2).requires_grad_()
-            for n in (heads, kv, kv)]
 
 
 def by_torch(inputs: list[torch.Tensor], lengths: list[int], scale: float) -> torch.Tensor:
@@ -64,7 +58,7 @@ def is_as_near_as_torch(inputs: list[torch.Tensor], out: torch.Tensor, lengths: 
 def test_rows_without_padding(batch: int, tokens: int, heads: int, kv: int, width: int, threads: int,
                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    inputs = made(batch, tokens, heads, kv, width)
+    inputs = made(batch, tokens, heads, kv, width, torch.bfloat16)
     out, _ = attend(torch.nn.Module(), *inputs, None, scaling=0.3)
     assert out.is_contiguous()
     assert is_as_near_as_torch(inputs, out, [tokens], 0.3)
@@ -73,7 +67,7 @@ def test_rows_without_padding(batch: int, tokens: int, heads: int, kv: int, widt
 @needs_kernel
 @pytest.mark.parametrize("lengths", [[5] * 4, [70, 9, 66, 69], [3, 1, 200, 2], [100, 130, 100, 131, 20]], ids=str)
 def test_packed_rows(lengths: list[int]) -> None:
-    inputs = made(1, sum(lengths), 6, 2, 32)
+    inputs = made(1, sum(lengths), 6, 2, 32, torch.bfloat16)
     places = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     out, _ = attend(torch.nn.Module(), *inputs, None, cu_seq_lens_q=places)
     assert is_as_near_as_torch(inputs, out, lengths, 32**-0.5)
@@ -81,7 +75,7 @@ def test_packed_rows(lengths: list[int]) -> None:
 
 @needs_kernel
 def test_scores_far_apart_keep_their_order() -> None:
-    inputs = made(1, 130, 2, 2, 32)
+    inputs = made(1, 130, 2, 2, 32, torch.bfloat16)
     with torch.no_grad():
         inputs[0][:, :, 7] *= 300  # a softmax that is all but one-hot
         inputs[0][:, :, 70] = 0  # one that is even
@@ -94,7 +88,7 @@ def test_scores_far_apart_keep_their_order() -> None:
 def test_a_result_is_the_same_each_time_and_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def results(threads: int) -> list[torch.Tensor]:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        inputs = made(4, 100, 4, 4, 32)
+        inputs = made(4, 100, 4, 4, 32, torch.bfloat16)
         out, _ = attend(torch.nn.Module(), *inputs, None)
         return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
 
@@ -105,31 +99,17 @@ def test_a_result_is_the_same_each_time_and_by_any_number_of_threads(monkeypatch
 
 @needs_kernel
 def test_a_neighbour_that_is_not_a_number_changes_nothing() -> None:
-    places = torch.tensor([0, 66, 136, 205], dtype=torch.int32)
-    inputs = made(1, 205, 4, 2, 32)
-
-    def results() -> list[torch.Tensor]:
-        out, _ = attend(torch.nn.Module(), *inputs, None, cu_seq_lens_q=places)
-        return [out.transpose(1, 2), *torch.autograd.grad(out.float().square().sum(), inputs)]
-
-    before = results()
-    with torch.no_grad():
-        for t in inputs:
-            t[:, :, 66:136] = torch.nan
-    for mine, was in zip(results(), before, strict=True):
-        assert mine[:, :, 66:136].isnan().all()
-        for others in (slice(0, 66), slice(136, None)):
-            assert torch.equal(mine[:, :, others], was[:, :, others])
+    check_that_nan_stays_with_its_example(32)
 
 
 @needs_kernel
 def test_the_operation_is_sound_for_the_compiler() -> None:
     for places in (None, torch.tensor([0, 66, 150], dtype=torch.int32)):
-        torch.library.opcheck(torch.ops.deltaw.packed_attention, (*made(1, 150, 4, 2, 32), places, 0.5))
+        torch.library.opcheck(torch.ops.deltaw.packed_attention, (*made(1, 150, 4, 2, 32, torch.bfloat16), places, 0.5))
 
 
 def test_what_the_kernel_is_not_for() -> None:
-    q, k, v = made(1, 4, 2, 2, 32)
+    q, k, v = made(1, 4, 2, 2, 32, torch.bfloat16)
     assert not native_attention.fits(q.float(), k.float(), v.float())
     assert not native_attention.fits(q[..., :16], k[..., :16], v[..., :16])
     assert not native_attention.fits(q, k, v[..., ::2])
@@ -152,7 +132,7 @@ def test_without_a_kernel_attention_goes_on(how: str, monkeypatch: pytest.Monkey
     try:
         assert native_attention.why_not() == {"no compiler": "there is no C compiler",
                                               "a compiler that fails": "cc made none (CalledProcessError)"}[how]
-        inputs = made(1, 20, 4, 2, 32)
+        inputs = made(1, 20, 4, 2, 32, torch.bfloat16)
         assert not native_attention.fits(*inputs)
         out, _ = attend(torch.nn.Module(), *inputs, None, cu_seq_lens_q=torch.tensor([0, 9, 20], dtype=torch.int32))
         assert is_as_near_as_torch(inputs, out, [9, 11], 32**-0.5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import LoraConfig
-from deltaw.core import native_low_rank
+from deltaw.core import native_low_rank, native_op
 from deltaw.core.bank import Bank
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
 from deltaw.core.frozen import Projection, reference
@@ -146,6 +146,35 @@ def test_gradients_are_written_to_banks_and_added_up_there() -> None:
 
 
 @needs_kernel
+def test_an_adapter_of_two_segments_gets_both_gradients_in_its_bank() -> None:
+    owner = [tuple(nn.Parameter(t.detach().clone()) for t in part(0, 8, torch.float32)[1:3])]
+    place = Bank([owner]).places[0][0]  # type: ignore[list-item]
+    x, layer = randn(30, INPUTS, seed=0), layers()[:1]
+
+    def gradients(*, apart: bool) -> tuple[Tensor, Tensor]:
+        spans = [(0, 10), (20, 30)]
+        for some in [[span] for span in spans] if apart else [spans]:
+            y, = grouped_linear(x, layer, [Group(a, b, [Factors(*place.factors, 2.0, place)]) for a, b in some])
+            sum(y[a:b].float().square().sum() for a, b in some).backward()  # type: ignore[union-attr]
+        found = tuple(t.grad.clone() for t in place.factors if t.grad is not None)
+        for factor in place.factors:
+            factor.grad = None
+        return found  # type: ignore[return-value]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(apart=False), gradients(apart=True), strict=True))
+
+
+@needs_kernel
+def test_an_input_whose_columns_lie_apart() -> None:
+    p = Projection(randn(64, INPUTS, seed=1), None, *part(0, 8, torch.float32)[1:])
+    x = randn(INPUTS, 9, seed=0).t().requires_grad_()
+    like = x.detach().contiguous().requires_grad_()
+    found = [[y, *torch.autograd.grad(y.float().sum(), [t, p.A, p.B])]
+             for t in (x, like) for y in low_rank_linear(t, [p])]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_kernel
 def test_one_adapter_and_its_second_derivative() -> None:
     x = randn(2, 9, INPUTS, seed=0).requires_grad_()
     parts = [Projection(randn(out, INPUTS, seed=out), None, *part(i, 8, torch.float32)[1:])
@@ -188,7 +217,7 @@ def test_the_operation_is_sound_for_a_compiler() -> None:
     x, parts = randn(2, 9, INPUTS, seed=0).requires_grad_(), [part(i, 8, torch.float32) for i in range(2)]
     W = [randn(out, INPUTS, seed=out) for out in OUTPUTS[:2]]
     b = [randn(OUTPUTS[0], seed=5), x.new_empty(0)]
-    torch.library.opcheck(torch.ops.deltaw.low_rank_linear, (
+    torch.library.opcheck(native_op._forward, (
         x, W, b, [p.A for p in parts], [p.B for p in parts], [2.0, 1.0]), atol=1e-2, rtol=1e-2)
 
 
