@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.core import native_low_rank
+from deltaw.core import native_linear, native_low_rank
 from deltaw.core.bank import Place
 from deltaw.core.frozen import Stripped, output_for, through_frozen, write_product
 from deltaw.core.kernels import gradient_of_B
@@ -208,12 +208,15 @@ class _GroupedLinear(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         made = [output_for(x, outputs) for outputs in plan.outputs]
         y = [y_TO for _, y_TO in made]
-        for y_TO, W_OI, bias in zip(y, W, b, strict=True):
-            if W_OI is None:
-                y_TO.zero_()
-            else:
-                write_product(x_TI, W_OI, bias, y_TO)
-        H = [native_low_rank.forward(x_TI, y, plan.segments)] if plan.segments else []
+        if plan.segments:
+            H = [native_linear.outputs(x_TI, y, W, b, plan.segments)]
+        else:
+            H = []
+            for y_TO, W_OI, bias in zip(y, W, b, strict=True):
+                if W_OI is None:
+                    y_TO.zero_()
+                else:
+                    write_product(x_TI, W_OI, bias, y_TO)
         ctx.stacks = {}  # made once, and there until the backward pass: as large as the adapters of this pass
         for first, stop in plan.runs:
             rows, own = plan.of_run(first, stop, factors)
@@ -241,11 +244,12 @@ class _GroupedLinear(torch.autograd.Function):
         H, (keep, W, _, factors) = saved[:ctx.count], _parts(plan, saved[ctx.count:])
         x_TI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx_TI = through_frozen(g, W, x_TI) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         if plan.segments:
-            places = [place for part in plan.places for place in part]
-            found = native_low_rank.gradients(x_TI, H[0], g, dx_TI, plan.segments, places)
+            dx_TI, found = native_linear.gradients(x_TI, H[0], g, W, plan.segments, [
+                place for part in plan.places for place in part], of_x=ctx.needs_input_grad[0])
+        else:
+            dx_TI = through_frozen(g, W, x_TI) if ctx.needs_input_grad[0] else None
         for (first, stop), h in zip(plan.runs, [] if plan.segments else H, strict=True):
             rows, own = plan.of_run(first, stop, factors)
             of_run = x_TI[rows], h, [None if g_TO is None else g_TO[rows] for g_TO in g], \

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.core import native_low_rank
 from deltaw.core.methods import lora
 from deltaw.core.packed import Packed, Workspace
 
@@ -33,11 +34,7 @@ class Stripped(NamedTuple):
     def write_product(self, x_NI: Tensor, b: Tensor | None, y_NO: Tensor) -> None:
         """Write x Wᵀ + b to y."""
         for rows, W_RI in self.packed.strips(x_NI.dtype, self.workspace):
-            part = y_NO[:, rows]
-            if b is None:
-                torch.mm(x_NI, W_RI.t(), out=part)
-            else:
-                torch.addmm(b[rows], x_NI, W_RI.t(), out=part)
+            write_product(x_NI, W_RI, None if b is None else b[rows], y_NO[:, rows])
 
     def add_transposed(self, g_NO: Tensor, dx_NI: Tensor | None) -> Tensor:
         """dx + g W, in dx's memory where there is a dx."""
@@ -45,7 +42,7 @@ class Stripped(NamedTuple):
             dense = g_NO @ self.packed.dense(g_NO.dtype)
             return dense if dx_NI is None else dx_NI.add_(dense)
         for rows, W_RI in self.packed.strips(g_NO.dtype, self.workspace):
-            dx_NI = g_NO[:, rows] @ W_RI if dx_NI is None else dx_NI.addmm_(g_NO[:, rows], W_RI)
+            dx_NI = add_transposed(g_NO[:, rows], W_RI, dx_NI)
         assert dx_NI is not None  # a weight has rows
         return dx_NI
 
@@ -104,10 +101,27 @@ def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Te
     """Write x Wᵀ + b to y."""
     if isinstance(W, Stripped):
         W.write_product(x_NI, b, y_NO)
+    elif native_low_rank.product(x_NI, W, b, y_NO):
+        pass
     elif b is None:
         torch.mm(x_NI, W.t(), out=y_NO)
     else:
         torch.addmm(b, x_NI, W.t(), out=y_NO)
+
+
+def write_transposed(g_NO: Tensor, W_OI: Tensor, dx_NI: Tensor, *, add: bool = False) -> None:
+    """Write g W to dx, or add it."""
+    if not native_low_rank.transposed_product(g_NO, W_OI, dx_NI, add=add):
+        torch.addmm(dx_NI, g_NO, W_OI, beta=float(add), out=dx_NI)
+
+
+def add_transposed(g_NO: Tensor, W_OI: Tensor, dx_NI: Tensor | None) -> Tensor:
+    """dx + g W, in dx's memory where there is a dx."""
+    if torch.is_grad_enabled():  # a second derivative
+        return g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
+    to = g_NO.new_empty(len(g_NO), W_OI.shape[1]) if dx_NI is None else dx_NI
+    write_transposed(g_NO, W_OI, to, add=dx_NI is not None)
+    return to
 
 
 def through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | None], x_TI: Tensor) -> Tensor:
@@ -119,5 +133,5 @@ def through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | N
         if isinstance(W_OI, Stripped):
             dx_TI = W_OI.add_transposed(g_TO, dx_TI)
         else:
-            dx_TI = g_TO @ W_OI if dx_TI is None else dx_TI.addmm_(g_TO, W_OI)
+            dx_TI = add_transposed(g_TO, W_OI, dx_TI)
     return torch.zeros_like(x_TI) if dx_TI is None else dx_TI

@@ -1,4 +1,4 @@
-"""The low-rank linear of `kernels`, with the kernel's narrow products: one call forward, one backward.
+"""The low-rank linear of `kernels`, by the kernel: one call forward, one backward.
 
     yᵢ = x Wᵢᵀ + bᵢ + sᵢ·(x Aᵢᵀ) Bᵢᵀ
 """
@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaw.core import native_low_rank
+from deltaw.core.bank import Place
 from deltaw.core.frozen import Projection, Stripped, output_for, reference, through_frozen, write_product
-from deltaw.core.native_low_rank import Part, Segment
+from deltaw.core.native_low_rank import Dense, Part, Segment, Target
 
 
 def native_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...] | None:
@@ -24,9 +26,78 @@ def native_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor,
     segments = [Segment(0, x.numel() // x.shape[-1], [Part(i, p.A, p.B, p.scale) for i, p in enumerate(projections)])]
     if not native_low_rank.fits(x, [p.W.shape[0] for p in projections], segments):
         return None
-    outputs: tuple[Tensor, ...] = _NativeLinear.apply(  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, ...] = _NativeLinear.apply(  # type: ignore[no-untyped-call]
         x, segments, *(tensor for p in projections for tensor in (p.W, p.b, p.A, p.B)))
-    return outputs
+    return made
+
+
+def outputs(x_TI: Tensor, y: Sequence[Tensor], W: Sequence[Tensor | Stripped | None], b: Sequence[Tensor | None],
+            segments: Sequence[Segment]) -> Tensor:
+    """Write every product with x and its changes to y (T, O); returns h = s·x Aᵀ (T, columns) for `gradients`.
+
+    A W of None is an output of the change alone.
+    """
+    dense = [_dense(x_TI, W_OI, bias) for W_OI, bias in zip(W, b, strict=True)]
+    for y_TO, W_OI, bias, own in zip(y, W, b, dense, strict=True):
+        if W_OI is None:
+            y_TO.zero_()
+        elif own.W is None:
+            write_product(x_TI, W_OI, bias, y_TO)
+    return native_low_rank.forward(x_TI, y, segments, dense)
+
+
+def _dense(x_TI: Tensor, W: Tensor | Stripped | None, b: Tensor | None) -> Dense:
+    """What the kernel multiplies with itself; nothing where others do."""
+    dense = Dense(W, b) if isinstance(W, Tensor) else Dense()
+    return dense if dense.fits(x_TI) else Dense()
+
+
+def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | None],
+              segments: Sequence[Segment], places: Sequence[Place] = (), *, of_x: bool = True,
+              ) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx (T, I), None where nobody asks; dA and dB of every part in turn, float32, None where its y has no g.
+
+    With a place in a bank for each part they are added there instead, and none is returned.
+    """
+    g = [None if g_TO is None else g_TO.contiguous() for g_TO in g]
+    dense = [_dense(x_TI, W_OI, None) for W_OI in W]
+    others = [W_OI if own.W is None else None for W_OI, own in zip(W, dense, strict=True)]
+    found = any(W_OI is not None and g_TO is not None for W_OI, g_TO in zip(others, g, strict=True))
+    dx_TI = None if not of_x else through_frozen(g, others, x_TI) if found else x_TI.new_empty(x_TI.shape)
+    parts = [part for segment in segments for part in segment.parts]
+    targets = _targets(parts, places)
+    native_low_rank.backward(x_TI, h_TC, g, dx_TI, segments, targets, dense, onto_dx=found)
+    if not places:
+        return dx_TI, [None if g[part.which] is None else t for part, to in zip(parts, targets, strict=True) for t in to]
+    for part, place, to in zip(parts, places, targets, strict=True):
+        if g[part.which] is None:
+            continue
+        if to.dA is place.gradients[0]:
+            place.show()
+        else:
+            place.add(*to)
+    return dx_TI, []
+
+
+def _targets(parts: Sequence[Part], places: Sequence[Place]) -> list[Target]:
+    """Where the kernel writes: to places that are free, else to memory of their own."""
+    fresh, own = {place for place in places if _is_target(place)}, []
+    for part, place in zip_longest(parts, places):
+        if place in fresh:
+            fresh.remove(place)  # an adapter's next segment is added to what this one writes
+            own.append(Target(*place.gradients))
+        else:
+            own.append(_own_target(part))
+    return own
+
+
+def _own_target(part: Part) -> Target:
+    return Target(torch.empty_like(part.A, dtype=torch.float32), torch.empty_like(part.B, dtype=torch.float32))
+
+
+def _is_target(place: Place) -> bool:
+    """Whether gradients may be written to their place at once: nothing is there, and it holds float32."""
+    return place.gradients[0].dtype == torch.float32 and place.is_fresh
 
 
 class _NativeLinear(torch.autograd.Function):
@@ -36,9 +107,7 @@ class _NativeLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, segments: Sequence[Segment], *flat: Any) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
         made = [output_for(x, W.shape[0]) for W in flat[0::4]]
-        for (_, y_TO), W, b in zip(made, flat[0::4], flat[1::4], strict=True):
-            write_product(x_TI, W, b, y_TO)
-        h_TC = native_low_rank.forward(x_TI, [y_TO for _, y_TO in made], segments)
+        h_TC = outputs(x_TI, [y_TO for _, y_TO in made], flat[0::4], flat[1::4], segments)
         ctx.segments, ctx.stripped = segments, [t if isinstance(t, Stripped) else None for t in flat]
         ctx.save_for_backward(x, h_TC, *(None if isinstance(t, Stripped) else t for t in flat))
         ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size
@@ -55,8 +124,7 @@ class _NativeLinear(torch.autograd.Function):
             return _differentiable(ctx, x, flat, grads)
         x_TI = x.reshape(-1, x.shape[-1])
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx_TI = through_frozen(g, flat[0::4], x_TI) if ctx.needs_input_grad[0] else None
-        found = native_low_rank.gradients(x_TI, h_TC, g, dx_TI, ctx.segments)
+        dx_TI, found = gradients(x_TI, h_TC, g, flat[0::4], ctx.segments, of_x=ctx.needs_input_grad[0])
         of_factors = [t if t is None else t.to(factor.dtype) for t, factor in zip(
             found, (t for i in range(2, len(flat), 4) for t in flat[i:i + 2]), strict=True)]
         return (None if dx_TI is None else dx_TI.view(x.shape), None,

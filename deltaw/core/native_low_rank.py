@@ -1,9 +1,10 @@
-"""The kernel of `native/low_rank.c`: the narrow products of segments of tokens, on a processor, in bfloat16.
+"""The kernel of `native/low_rank.c`: layers of one input with the changes of segments of tokens, on a processor, in
+bfloat16.
 
 Each adapter's narrow products by themselves are a dozen calls for a few microseconds of work, over factors that are
-converted first. Here all segments and projections are one call, which reads A and B where they lie and writes their
-gradients where they will lie. It is for processors that multiply bfloat16 and have no tile registers for it, and needs
-a C compiler on the machine.
+converted first. Here all segments and projections are one call, which reads A and B where they lie, adds their products
+to the frozen ones before those are rounded, and writes gradients where they will lie. It is for processors that multiply
+bfloat16 and have no tile registers for it, and needs a C compiler on the machine.
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.core.bank import Place
 from deltaw.core.compiled import NATIVE, NoKernel, passes, products_without_tiles
 
 WIDEST = 256
 """Most columns of h; wider products are as quick by themselves."""
-_PART, _SEGMENT, _ROWS = struct.Struct("qqQQQQd"), struct.Struct("qqqq"), struct.Struct("Qqq")
+_PART, _SEGMENT, _ROWS, _FROZEN = (struct.Struct(form) for form in ("qqQQQQd", "qqqq", "Qqq", "QQqq"))
 
 
 class Part(NamedTuple):
@@ -55,13 +54,26 @@ class Target(NamedTuple):
     dB: Tensor
 
 
+class Dense(NamedTuple):
+    """A frozen W (O, I) and b (O,) or None that the kernel multiplies with; no W where that is done elsewhere."""
+
+    W: Tensor | None = None
+    b: Tensor | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the kernel can multiply x (T, I), which it takes, or a gradient of its format with it."""
+        W, b = self
+        return (W is not None and W.dtype == x.dtype and 1 in W.stride() and W.shape[0] % 32 == W.shape[1] % 32 == 0
+                and (b is None or (b.dtype == x.dtype and b.is_contiguous())))
+
+
 class _Rows(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("width", ctypes.c_int64)]
 
 
 class _Job(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("segments", "threads", "wide")),
-                *((name, ctypes.c_char_p) for name in ("segment", "part")),
+    _fields_ = [*((name, ctypes.c_int64) for name in ("tokens", "segments", "projections", "threads", "wide", "onto_dx")),
+                *((name, ctypes.c_char_p) for name in ("segment", "part", "frozen")),
                 *((name, _Rows) for name in ("x", "dx", "h")), ("y", ctypes.c_char_p)]
 
 
@@ -79,44 +91,6 @@ def fits(x: Tensor, outputs: Sequence[int], segments: Sequence[Segment]) -> bool
     return (all(width % 32 == 0 for width in outputs) and dtype in (torch.float32, torch.bfloat16)
             and all(t.dtype == dtype and t.is_contiguous() for t in factors)
             and max(segment.columns for segment in segments) <= WIDEST)
-
-
-def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None,
-              segments: Sequence[Segment], places: Sequence[Place] = ()) -> list[Tensor | None]:
-    """dA and dB of every part in turn, float32, None where its y has no g; x's are added to dx (T, I).
-
-    With a place in a bank for each part they are added there instead, and nothing is returned.
-    """
-    g = [None if g_TO is None else g_TO.contiguous() for g_TO in g]
-    parts = [part for segment in segments for part in segment.parts]
-    fresh = {place for place in places if _is_target(place)}
-    own = []
-    for part, place in zip_longest(parts, places):
-        if place in fresh:
-            fresh.remove(place)  # an adapter's next segment is added to what this one writes
-            own.append(Target(*place.gradients))
-        else:
-            own.append(_own_target(part))
-    backward(x_TI, h_TC, g, dx_TI, segments, own)
-    if not places:
-        return [None if g[part.which] is None else grad for part, to in zip(parts, own, strict=True) for grad in to]
-    for part, place, to in zip(parts, places, own, strict=True):
-        if g[part.which] is None:
-            continue
-        if to.dA is place.gradients[0]:
-            place.show()
-        else:
-            place.add(*to)
-    return []
-
-
-def _own_target(part: Part) -> Target:
-    return Target(torch.empty_like(part.A, dtype=torch.float32), torch.empty_like(part.B, dtype=torch.float32))
-
-
-def _is_target(place: Place) -> bool:
-    """Whether gradients may be written to their place at once: nothing is there, and it holds float32."""
-    return place.gradients[0].dtype == torch.float32 and place.is_fresh
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -138,11 +112,33 @@ def _library() -> ctypes.CDLL:
     return passes(NATIVE / "low_rank.c", _Job)
 
 
-def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
-    """Add every change to y (T, O) of each projection; returns h = s·x Aᵀ (T, columns) for `backward`."""
+def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Sequence[Segment], dense: Sequence[Dense] = ()) -> Tensor:
+    """Write every product of `dense`, and add every change, to y (T, O) of each projection; returns h for `backward`."""
     h_TC = x_TI.new_zeros(len(x_TI), columns_of(segments))
-    _run(_library().forward, segments, x_TI, None, h_TC, y, None)
+    _run(_library().forward, segments, x_TI, None, h_TC, y, None, dense)
     return h_TC
+
+
+def product(x_TI: Tensor, W_OI: Tensor, b_O: Tensor | None, y_TO: Tensor) -> bool:
+    """Write x Wᵀ + b to y, and return True, where the kernel is for it."""
+    dense = Dense(W_OI, b_O)
+    if not (_takes_now(x_TI) and dense.fits(x_TI) and y_TO.stride(1) == 1):
+        return False
+    _run(_library().forward, (), x_TI, None, x_TI, [y_TO], None, [dense])
+    return True
+
+
+def transposed_product(g_TO: Tensor, W_OI: Tensor, dx_TI: Tensor, *, add: bool) -> bool:
+    """Write g W to dx, or add it, and return True, where the kernel is for it."""
+    dense = Dense(W_OI)
+    if not (_takes_now(g_TO) and dense.fits(g_TO) and dx_TI.stride(1) == g_TO.stride(1) == 1):
+        return False
+    _run(_library().backward, (), dx_TI, dx_TI, dx_TI, [g_TO], (), [dense], add)
+    return True
+
+
+def _takes_now(x: Tensor) -> bool:
+    return takes(x) and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.numel() > 0
 
 
 def columns_of(segments: Sequence[Segment]) -> int:
@@ -151,16 +147,17 @@ def columns_of(segments: Sequence[Segment]) -> int:
 
 
 def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None, segments: Sequence[Segment],
-             targets: Sequence[Target]) -> None:
-    """Write the gradients of all parts in turn to their targets, from g of each y; add x's to dx (T, I).
+             targets: Sequence[Target], dense: Sequence[Dense] = (), *, onto_dx: bool = True) -> None:
+    """Write the gradients of all parts in turn to their targets, from g of each y; write x's to dx (T, I), or add them.
 
     Targets of a part whose y has no g stay as they are.
     """
-    _run(_library().backward, segments, x_TI, dx_TI, h_TC, g, targets)
+    _run(_library().backward, segments, x_TI, dx_TI, h_TC, g, targets, dense, onto_dx)
 
 
 def _run(function: Callable[[Any], bool], segments: Sequence[Segment], x: Tensor, dx: Tensor | None, h: Tensor,
-         y: Sequence[Tensor | None], targets: Sequence[Target] | None) -> None:
+         y: Sequence[Tensor | None], targets: Sequence[Target] | None, dense: Sequence[Dense],
+         onto_dx: bool = False) -> None:
     x = x if x.stride(1) == 1 else x.contiguous()
     parts = [part for segment in segments for part in segment.parts]
     if targets is None:
@@ -173,12 +170,19 @@ def _run(function: Callable[[Any], bool], segments: Sequence[Segment], x: Tensor
     for segment in segments:
         spans.append(_SEGMENT.pack(segment.start, segment.stop, at, len(segment.parts)))
         at += len(segment.parts)
-    job = _Job(len(spans), torch.get_num_threads(), parts[0].A.dtype == torch.float32, b"".join(spans),
-               b"".join(packed), _rows(x), _Rows() if dx is None else _rows(dx), _rows(h),
+    job = _Job(len(x), len(spans), len(y), torch.get_num_threads(), bool(parts) and parts[0].A.dtype == torch.float32, onto_dx,
+               b"".join(spans), b"".join(packed), b"".join(map(_frozen, dense or [Dense()] * len(y))),
+               _rows(x), _Rows() if dx is None else _rows(dx), _rows(h),
                b"".join(_ROWS.pack(0, 0, 0) if t is None else _ROWS.pack(t.data_ptr(), t.stride(0), t.shape[1])
                         for t in y))
     if not function(ctypes.byref(job)):
         raise MemoryError("low-rank products: there is no memory for their buffers; take smaller batches")
+
+
+def _frozen(layer: Dense) -> bytes:
+    W, b = layer
+    return _FROZEN.pack(0, 0, 0, 0) if W is None else \
+        _FROZEN.pack(W.data_ptr(), 0 if b is None else b.data_ptr(), *W.stride())
 
 
 def _rows(t: Tensor) -> _Rows:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.core import native_low_rank
-from deltaw.core.frozen import Projection, Stripped, through_frozen, write_product
+from deltaw.core import native_linear, native_low_rank
+from deltaw.core.frozen import Projection, Stripped
 from deltaw.core.native_low_rank import Part, Segment
 
 
@@ -42,10 +42,8 @@ def _forward(x: Tensor, W: Sequence[Tensor], b: Sequence[Tensor], A: Sequence[Te
     """Every y (..., O), and h (T, columns)."""
     x_TI = x.reshape(-1, x.shape[-1])
     y = [x.new_empty(*x.shape[:-1], W_OI.shape[0]) for W_OI in W]
-    flat = [t.view(-1, t.shape[-1]) for t in y]
-    for y_TO, W_OI, bias in zip(flat, W, b, strict=True):
-        write_product(x_TI, W_OI, bias if bias.numel() else None, y_TO)
-    return [*y, native_low_rank.forward(x_TI, flat, _segments(len(x_TI), A, B, scales))]
+    flat, biases = [t.view(-1, t.shape[-1]) for t in y], [t if t.numel() else None for t in b]
+    return [*y, native_linear.outputs(x_TI, flat, W, biases, _segments(len(x_TI), A, B, scales))]
 
 
 @_forward.register_fake
@@ -60,8 +58,8 @@ def _backward(g: Sequence[Tensor], x: Tensor, h: Tensor, W: Sequence[Tensor], A:
               B: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
     """dx (..., I), and dA, dB of every projection in turn."""
     x_TI, g_TO = x.reshape(-1, x.shape[-1]), [t.reshape(-1, t.shape[-1]) for t in g]
-    dx_TI = through_frozen(g_TO, W, x_TI)
-    found = native_low_rank.gradients(x_TI, h, g_TO, dx_TI, _segments(len(x_TI), A, B, scales))
+    dx_TI, found = native_linear.gradients(x_TI, h, g_TO, W, _segments(len(x_TI), A, B, scales))
+    assert dx_TI is not None  # it was asked for
     return [dx_TI.view(x.shape), *(t for t in found if t is not None)]
 
 

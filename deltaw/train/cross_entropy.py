@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.core.frozen import write_product, write_transposed
 from deltaw.core.layers import CHILD, AdaptedLinear
 from deltaw.core.stretches import stretch_of
 
@@ -169,14 +170,12 @@ class _Sums:
         with torch.no_grad():
             W_VI, b_V = self.layer.head.get_parameter("weight"), self.layer.head._parameters.get("bias")
             z_NV = self.buffer("logits", len(h_NI), len(W_VI), h_NI.dtype)
-            torch.mm(h_NI, W_VI.t(), out=z_NV)
-            if b_V is not None:
-                z_NV += b_V
+            write_product(h_NI, W_VI, b_V, z_NV)
             block = _BLOCK if z_NV.is_cpu else max(1, len(z_NV))
             losses_N1 = [self.block(z, column) for z, column in
                          zip(torch.split(z_NV, block), torch.split(targets_N.unsqueeze(1), block), strict=True)]
             if self.dh_NI is not None:
-                torch.mm(z_NV, W_VI, out=self.dh_NI[stretch])
+                write_transposed(z_NV, W_VI, self.dh_NI[stretch])
             loss_N1 = torch.cat(losses_N1)
             if self.losses is not None:
                 self.losses.append(loss_N1.squeeze(1))

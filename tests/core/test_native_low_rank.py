@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import LoraConfig
-from deltaw.core import native_low_rank, native_op
+from deltaw.core import native_linear, native_low_rank, native_op
 from deltaw.core.bank import Bank
 from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
 from deltaw.core.frozen import Projection, reference
@@ -94,12 +94,14 @@ def test_alone_among_others_and_by_any_number_of_threads_each_bit_is_the_same(mo
 
 
 def results(x: Tensor, segments: list[Segment], first: int = 0) -> list[tuple[list[Tensor], list[Tensor], Tensor]]:
-    """Of each segment what the kernel adds to zeros: y, the gradients of its factors, dx."""
-    y = [torch.zeros(len(x), out, dtype=torch.bfloat16) for out in OUTPUTS]
+    """Of each segment what the kernel makes: y, the gradients of its factors, dx."""
+    y = [torch.empty(len(x), out, dtype=torch.bfloat16) for out in OUTPUTS]
     g = [randn(700, out, seed=7 + out)[first:first + len(x)] for out in OUTPUTS]
-    dx = torch.zeros_like(x)
-    h = native_low_rank.forward(x, y, segments)
-    found = iter(native_low_rank.gradients(x, h, g, dx, segments))
+    W = [layer.W for layer in layers()]
+    h = native_linear.outputs(x, y, W, [layer.b for layer in layers()], segments)
+    dx, each = native_linear.gradients(x, h, g, W, segments)
+    assert dx is not None
+    found = iter(each)
     return [([t[s.start:s.stop] for t in y], [t for _ in s.parts for t in (next(found), next(found)) if t is not None],
              dx[s.start:s.stop]) for s in segments]
 

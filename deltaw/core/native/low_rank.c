@@ -1,19 +1,22 @@
-/* The narrow products of low-rank changes in bfloat16, for segments of tokens that have an adapter each.
+/* Linear layers of one input with low-rank changes, in bfloat16, for segments of tokens that have an adapter each.
 
-       h = s·x [A1; A2; …]T      yi += hi BiT                                   for each segment and projection i
-       dh = [s·gi Bi]            dx += dh [A1; A2; …]      dA = dhT x      dBi = giT hi
+       h = s·x [A1; A2; …]T      yi = x WiT + bi + hi BiT                        for each segment and projection i
+       dh = [s·gi Bi]            dx = Σ gi Wi + dh [A1; A2; …]     dA = dhT x     dBi = giT hi
 
-   A and B are float32 or bfloat16 where they lie, their gradients float32 where they will lie. Sums are float32; h and
-   dh are rounded to bfloat16, and y and dx once. Each number is summed in an order of its segment alone: neither its
-   neighbours nor the number of threads change a bit of it. */
+   A and B are float32 or bfloat16 where they lie, their gradients float32 where they will lie; W and b are bfloat16.
+   Sums are float32; h and dh are rounded to bfloat16, and y and dx once. Each number is summed in an order of its
+   segment alone: neither its neighbours nor the number of threads change a bit of it. */
 
 #include "tile.h"
 #include "layout.h"
+#include "factors.h"
+#include "panels.h"
 
 #include <omp.h>
 #include <stdlib.h>
 
-enum { CHUNK = 256, COLUMNS = 64 };     /* tokens, or columns of gradients, that are a task at most */
+enum { CHUNK = 256, COLUMNS = 64,       /* tokens, or columns of gradients, that are a task at most */
+       LEAST = 48, MOST = 512 };        /* tokens of a panel's task */
 
 typedef struct {
     int64_t which, rank;                /* the projection */
@@ -27,109 +30,25 @@ typedef struct {
 } Segment;
 
 typedef struct {
-    half *data;
-    int64_t stride, width;
-} Rows;
+    const half *W, *b;                  /* W may be none, and is in y and dx already then; b may be none */
+    int64_t by_output, by_input;        /* strides */
+} Frozen;
 
 typedef struct {
-    int64_t segments, threads, wide;    /* wide: whether factors are float32 */
+    int64_t tokens, segments, projections, threads;
+    int64_t wide, onto_dx;              /* whether factors are float32; whether dx has numbers to add to */
     const Segment *segment;
     const Part *part;
+    const Frozen *frozen;
     Rows x, dx, h;                      /* h has room for the widest segment, in whole 32 columns; dx may be none */
     const Rows *y;                      /* of each projection: y forward, g backward, which may be none */
 } Job;
-
-/* Ranks are even here: an odd one has a column of zeros. */
-#define EVEN(rank) (((rank) + 1) & ~1L)
 
 static long columns_of(const Job *job, const Segment *s)
 {
     long sum = 0;
     for (long i = 0; i < s->parts; i++) sum += EVEN(job->part[s->first + i].rank);
     return sum;
-}
-
-/* 16 numbers of a factor from `at` on, those of them that `some` has. */
-INLINE __m512 numbers(const void *factor, bool wide, long at, __mmask16 some)
-{
-    if (wide) return _mm512_maskz_loadu_ps(some, (const float *)factor + at);
-    const __m256i low = _mm256_maskz_loadu_epi16(some, (const half *)factor + at);
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16);
-}
-
-INLINE __mmask16 first(long count)
-{
-    return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
-}
-
-/* 32 numbers as bfloat16. */
-INLINE __m512i row_of_32(const void *factor, bool wide, long at, long count)
-{
-    return (__m512i)_mm512_cvtne2ps_pbh(numbers(factor, wide, at + 16, first(count - 16)),
-                                        numbers(factor, wide, at, first(count)));
-}
-
-/* The paired transpose (width / 2, ld) of a factor (rows, width): its rows become columns, an even number of them. */
-static void pair_rows(const void *factor, bool wide, long rows, long width, pair *out, long ld)
-{
-    __m512i r[16];
-    for (long o = 0; o < rows; o += 16)
-        for (long i = 0; i < width; i += 32) {
-            for (long k = 0; k < 16; k++)
-                r[k] = o + k < rows ? row_of_32(factor, wide, (o + k) * width + i, width - i) : _mm512_setzero_si512();
-            transpose(r);
-            for (long k = 0; k < MIN(16, (width - i + 1) / 2); k++)
-                _mm512_mask_storeu_epi32(out + (i / 2 + k) * ld + o, first(EVEN(rows) - o), r[k]);
-        }
-}
-
-/* Neighbouring rows of a factor (rows, width) side by side, (rows / 2, ld); a row that lacks its neighbour has zeros. */
-static void pair_columns(const void *factor, bool wide, long rows, long width, pair *out, long ld)
-{
-    for (long o = 0; o < rows; o += 2)
-        for (long i = 0; i < width; i += 16) {
-            const __mmask16 some = first(width - i);
-            const __m512 even = numbers(factor, wide, o * width + i, some);
-            const __m512 odd = numbers(factor, wide, (o + 1) * width + i, o + 1 < rows ? some : 0);
-            _mm512_mask_storeu_epi32(out + o / 2 * ld + i, first(ld - i), interleaved(even, odd));
-        }
-}
-
-/* C (rows, 16·vectors) += A·B in bfloat16, rounded once. */
-INLINE void tile_onto(const int rows, const int vectors, long depth, const half *A, long lda, const pair *B, long ldb,
-                      half *C, long ldc)
-{
-    float sum[ROWS * VECTORS * 16];
-    tile(rows, vectors, depth, A, lda, B, ldb, sum, 16 * VECTORS, false);
-    for (int m = 0; m < rows; m++)
-        for (int n = 0; n < vectors; n++) {
-            half *c = C + m * ldc + 16 * n;
-            const __m512 before = (__m512)_mm512_slli_epi32(
-                _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)c)), 16);
-            store(c, _mm512_add_ps(before, _mm512_loadu_ps(sum + (m * VECTORS + n) * 16)));
-        }
-}
-
-/* C (rows, width) += A (rows, 2·depth) · B (2·depth, width), each number rounded once. */
-static void product_onto(long rows, long width, long depth, const half *A, long lda, const pair *B, half *C, long ldc)
-{
-    long m = 0, n;
-    for (; m + ROWS <= rows; m += ROWS) {
-        for (n = 0; n + 64 <= width; n += 64)
-            tile_onto(ROWS, 4, depth, A + m * lda, lda, B + n, width, C + m * ldc + n, ldc);
-        for (; n < width; n += 32) tile_onto(ROWS, 2, depth, A + m * lda, lda, B + n, width, C + m * ldc + n, ldc);
-    }
-    for (; m < rows; m++)
-        for (n = 0; n < width; n += 32) tile_onto(1, 2, depth, A + m * lda, lda, B + n, width, C + m * ldc + n, ldc);
-}
-
-/* Sums (count, ld) times `scale`, as `width` columns of h. */
-static void write_h(const float *sums, long ld, long count, long width, float scale, half *h, long stride)
-{
-    for (long t = 0; t < count; t++)
-        for (long c = 0; c < width; c += 16)
-            _mm256_mask_storeu_epi16(h + t * stride + c, first(width - c), (__m256i)_mm512_cvtneps_pbh(
-                _mm512_mul_ps(_mm512_loadu_ps(sums + t * ld + c), _mm512_set1_ps(scale))));
 }
 
 typedef struct {
@@ -152,10 +71,10 @@ static Task *tasks_of(const Job *job, long *count)
     return task;
 }
 
-/* Bytes of a thread's buffers: a factor of the widest layer, paired, and the sums of a task. */
+/* Bytes of a thread's buffers: a panel or a factor of the widest layer, paired, and the sums of a task. */
 static size_t buffer_size(const Job *job, size_t *at_sums)
 {
-    size_t most = BLOCK / 2 * COLUMNS, columns = 16;
+    size_t most = DEPTH / 2 * PANEL, columns = 16;
     for (long s = 0; s < job->segments; s++) {
         const Segment *segment = job->segment + s;
         const long W = UP(columns_of(job, segment), 16);
@@ -167,13 +86,13 @@ static size_t buffer_size(const Job *job, size_t *at_sums)
         }
     }
     *at_sums = UP(most * sizeof(pair), 64);
-    return *at_sums + UP(MAX(CHUNK, COLUMNS) * columns * sizeof(float), 64);
+    return *at_sums + UP(MAX(MAX(CHUNK, COLUMNS) * columns, MOST * PANEL) * sizeof(float), 64);
 }
 
-static void forward_of(const Job *job, const Task *task, pair *factor, float *sums)
+static void write_h_of(const Job *job, const Task *task, pair *factor, float *sums)
 {
     const Segment *segment = task->segment;
-    const long count = task->stop - task->start, W = columns_of(job, segment), ld = UP(W, 16), I = job->x.width;
+    const long count = task->stop - task->start, ld = UP(columns_of(job, segment), 16), I = job->x.width;
     const Part *end = job->part + segment->first + segment->parts, *p;
     half *h = job->h.data + task->start * job->h.stride;
     long c;
@@ -182,21 +101,16 @@ static void forward_of(const Job *job, const Task *task, pair *factor, float *su
         pair_rows(p->A, job->wide, p->rank, I, factor + c, ld);
     product(count, ld / 16, I / 2, job->x.data + task->start * job->x.stride, job->x.stride, factor, ld, sums, ld,
             false);
-    for (p = end - segment->parts, c = 0; p < end; c += EVEN(p->rank), p++) {
-        const Rows y = job->y[p->which];
+    for (p = end - segment->parts, c = 0; p < end; c += EVEN(p->rank), p++)
         write_h(sums + c, ld, count, EVEN(p->rank), (float)p->scale, h + c, job->h.stride);
-        pair_rows(p->B, job->wide, y.width, p->rank, factor, y.width);
-        product_onto(count, y.width, EVEN(p->rank) / 2, h + c, job->h.stride, factor, y.data + task->start * y.stride,
-                     y.stride);
-    }
 }
 
-/* dh, what of it reaches x, and both h and dh transposed. */
-static void backward_of(const Job *job, const Task *task, pair *factor, float *sums, half *all_dh, half *dh_t,
-                        half *h_t, long wide)
+/* dh, and both h and dh transposed. */
+static void write_dh_of(const Job *job, const Task *task, pair *factor, float *sums, half *all_dh, half *dh_t, half *h_t,
+                        long wide)
 {
     const Segment *segment = task->segment;
-    const long count = task->stop - task->start, W = columns_of(job, segment), I = job->x.width, stride = job->h.stride;
+    const long count = task->stop - task->start, W = columns_of(job, segment), stride = job->h.stride;
     const Part *end = job->part + segment->first + segment->parts, *p;
     half *dh = all_dh + task->start * stride;
     long c;
@@ -205,16 +119,99 @@ static void backward_of(const Job *job, const Task *task, pair *factor, float *s
         const Rows g = job->y[p->which];
         const long ld = UP(p->rank, 16);
         if (!g.data) continue;
-        pair_columns(p->B, job->wide, g.width, p->rank, factor, ld);
+        pair_columns(p->B, job->wide, p->rank, g.width, p->rank, factor, ld);
         product(count, ld / 16, g.width / 2, g.data + task->start * g.stride, g.stride, factor, ld, sums, ld, false);
         write_h(sums, ld, count, EVEN(p->rank), (float)p->scale, dh + c, stride);
     }
     transposed(dh, stride, count, UP(W, 32), dh_t, wide);
     transposed(job->h.data + task->start * stride, stride, count, UP(W, 32), h_t, wide);
-    if (!job->dx.data) return;
-    for (p = end - segment->parts, c = 0; p < end; c += EVEN(p->rank), p++)
-        pair_columns(p->A, job->wide, p->rank, I, factor + c / 2 * I, I);
-    product_onto(count, I, W / 2, dh, stride, factor, job->dx.data + task->start * job->dx.stride, job->dx.stride);
+}
+
+typedef struct {
+    long which, start, stop, column, width;     /* the projection, of y; tokens and columns */
+} Piece;
+
+/* Rows of `tokens` in pieces: a panel of columns each, and so many tokens that every thread has several. */
+static void pieces_of(const Job *job, long which, long width, long panels, Piece *piece, long *count)
+{
+    const long ranges = MAX((job->tokens + MOST - 1) / MOST, (8 * job->threads + panels - 1) / panels);
+    const long size = MIN(MOST, MAX(LEAST, UP((job->tokens + ranges - 1) / ranges, ROWS)));
+    for (long column = 0; column < width; column += PANEL)
+        for (long start = 0; start < job->tokens; start += size, ++*count)
+            if (piece)
+                piece[*count] = (Piece){which, start, MIN(start + size, job->tokens), column, MIN(PANEL, width - column)};
+}
+
+/* All pieces of every y, or of dx. */
+static Piece *all_pieces(const Job *job, bool backward, long *count)
+{
+    Piece *piece = NULL;
+    long panels = 0;
+    for (long i = 0; i < job->projections; i++) panels += UP(job->y[i].width, PANEL) / PANEL;
+    for (int pass = 0; pass < 2; pass++) {
+        *count = 0;
+        if (backward && job->dx.data) pieces_of(job, 0, job->dx.width, UP(job->dx.width, PANEL) / PANEL, piece, count);
+        for (long i = 0; !backward && i < job->projections; i++)
+            pieces_of(job, i, job->y[i].width, panels, piece, count);
+        if (!pass && !(piece = malloc(MAX(*count, 1) * sizeof(Piece)))) break;
+    }
+    return piece;
+}
+
+/* The tokens that a segment and a piece have in common. */
+INLINE bool common(const Segment *s, const Piece *piece, long *start, long *stop)
+{
+    *start = MAX(s->start, piece->start), *stop = MIN(s->stop, piece->stop);
+    return *start < *stop;
+}
+
+static void write_y(const Job *job, const Piece *piece, pair *panel, float *sums)
+{
+    const Frozen *f = job->frozen + piece->which;
+    const Rows y = job->y[piece->which];
+    long a, b;
+    if (f->W)
+        add_product(job->x, piece->start, piece->stop, (Weight){f->W, f->by_input, f->by_output}, piece->column,
+                    piece->width, panel, sums, false);
+    else read_sums(y, piece->start, piece->stop, piece->column, piece->width, sums);
+    for (const Segment *s = job->segment; s < job->segment + job->segments; s++) {
+        if (!common(s, piece, &a, &b)) continue;
+        const Part *p = job->part + s->first;
+        for (long i = 0, c = 0; i < s->parts; i++, c += EVEN(p->rank), p++) {
+            if (p->which != piece->which) continue;
+            pair_rows(from(p->B, job->wide, piece->column * p->rank), job->wide, piece->width, p->rank, panel,
+                      piece->width);
+            product(b - a, piece->width / 16, EVEN(p->rank) / 2, job->h.data + a * job->h.stride + c, job->h.stride,
+                    panel, piece->width, sums + (a - piece->start) * PANEL, PANEL, true);
+        }
+    }
+    write_sums(sums, f->W ? f->b : NULL, y, piece->start, piece->stop, piece->column, piece->width);
+}
+
+static void write_dx(const Job *job, const Piece *piece, const half *dh, pair *panel, float *sums)
+{
+    bool any = job->onto_dx;
+    long a, b;
+    if (any) read_sums(job->dx, piece->start, piece->stop, piece->column, piece->width, sums);
+    for (long i = 0; i < job->projections; i++) {
+        const Frozen *f = job->frozen + i;
+        if (!f->W || !job->y[i].data) continue;
+        add_product(job->y[i], piece->start, piece->stop, (Weight){f->W, f->by_output, f->by_input}, piece->column,
+                    piece->width, panel, sums, any);
+        any = true;
+    }
+    if (!any) memset(sums, 0, (piece->stop - piece->start) * PANEL * sizeof(float));
+    for (const Segment *s = job->segment; s < job->segment + job->segments; s++) {
+        if (!common(s, piece, &a, &b)) continue;
+        const Part *p = job->part + s->first;
+        long c = 0;
+        for (long i = 0; i < s->parts; i++, c += EVEN(p->rank), p++)
+            pair_columns(from(p->A, job->wide, piece->column), job->wide, job->x.width, p->rank, piece->width,
+                         panel + c / 2 * piece->width, piece->width);
+        product(b - a, piece->width / 16, c / 2, dh + a * job->h.stride, job->h.stride, panel, piece->width,
+                sums + (a - piece->start) * PANEL, PANEL, true);
+    }
+    write_sums(sums, NULL, job->dx, piece->start, piece->stop, piece->column, piece->width);
 }
 
 /* Some columns of dA of all parts: rows of h's columns, from x. */
@@ -242,13 +239,13 @@ static void write_dB(const Part *p, const float *sums, long ld, long column)
 }
 
 /* Some columns of what the transposed h (rows, tokens) makes of x or g: their product, in `sums`. */
-static void gradient(const Segment *segment, Rows from, long column, long width, const half *h_t, long wide, long rows,
+static void gradient(const Segment *segment, Rows of, long column, long width, const half *h_t, long wide, long rows,
                      pair *neighbours, float *sums)
 {
     const long tokens = segment->stop - segment->start;
     for (long t = 0; t < tokens; t += BLOCK) {
         const long count = MIN(BLOCK, tokens - t);
-        paired(from.data + (segment->start + t) * from.stride + column, from.stride, count, width, neighbours);
+        paired(of.data + (segment->start + t) * of.stride + column, of.stride, count, width, neighbours);
         product(rows, width / 16, UP(count, 16) / 2, h_t + t, wide, neighbours, width, sums, width, t > 0);
     }
 }
@@ -288,36 +285,54 @@ static long place_of(const Job *job, const Task *task)
     return place;
 }
 
-/* Write h and add to every y; whether there was memory for it. */
+/* The columns of a target, from the transposed h and dh. */
+static void write_target(const Job *job, const Target *t, const half *dh_t, const half *h_t, long wide, pair *neighbours,
+                         float *sums)
+{
+    const Rows of = t->part ? job->y[t->part->which] : job->x;
+    const half *left = (t->part ? h_t : dh_t) + t->at * wide + t->place;
+    const long width = MIN(COLUMNS, of.width - t->column);
+    gradient(t->segment, of, t->column, width, left, wide, t->part ? t->part->rank : columns_of(job, t->segment),
+             neighbours, sums);
+    if (t->part) write_dB(t->part, sums, width, t->column);
+    else write_dA(job, t->segment, sums, width, t->column);
+}
+
+/* Write h and every y; whether there was memory for it. */
 bool forward(const Job *job)
 {
-    long count;
+    long tasks, pieces;
     size_t at_sums, size = buffer_size(job, &at_sums);
-    Task *task = tasks_of(job, &count);
+    Task *task = tasks_of(job, &tasks);
+    Piece *piece = all_pieces(job, false, &pieces);
     char *memory = aligned_alloc(64, UP(job->threads * size, 64));
-    if (task && memory) {
+    const bool ready = task && piece && memory;
+    if (ready) {
 #pragma omp parallel num_threads(job->threads)
         {
             char *own = memory + omp_get_thread_num() * size;
 #pragma omp for schedule(dynamic, 1)
-            for (long i = 0; i < count; i++) forward_of(job, task + i, (pair *)own, (float *)(own + at_sums));
+            for (long i = 0; i < tasks; i++) write_h_of(job, task + i, (pair *)own, (float *)(own + at_sums));
+#pragma omp for schedule(dynamic, 1)
+            for (long i = 0; i < pieces; i++) write_y(job, piece + i, (pair *)own, (float *)(own + at_sums));
         }
     }
-    const bool done = task && memory;
-    free(memory), free(task);
-    return done;
+    free(memory), free(piece), free(task);
+    return ready;
 }
 
-/* Write every dA and dB, and add to dx; whether there was memory for it. */
+/* Write dx, and every dA and dB; whether there was memory for it. */
 bool backward(const Job *job)
 {
-    long tasks, targets, wide, last = job->segment[job->segments - 1].stop, rows = job->h.stride;
+    long tasks, pieces, targets, wide, last = job->segments ? job->segment[job->segments - 1].stop : 0;
+    const long rows = job->h.stride;
     size_t at_sums, size = buffer_size(job, &at_sums);
     Task *task = tasks_of(job, &tasks);
+    Piece *piece = all_pieces(job, true, &pieces);
     Target *target = targets_of(job, &targets, &wide);
     char *memory = aligned_alloc(64, UP(job->threads * size, 64));
-    half *dh = aligned_alloc(64, UP((last * rows + 2 * rows * wide) * sizeof(half), 64));
-    const bool ready = task && target && memory && dh;
+    half *dh = aligned_alloc(64, UP((last * rows + 2 * rows * wide) * sizeof(half), 64) + 64);
+    const bool ready = task && piece && target && memory && dh;
     if (ready) {
         half *dh_t = dh + last * rows, *h_t = dh_t + rows * wide;
 #pragma omp parallel num_threads(job->threads)
@@ -327,21 +342,14 @@ bool backward(const Job *job)
 #pragma omp for schedule(dynamic, 1)
             for (long i = 0; i < tasks; i++) {
                 const long place = place_of(job, task + i);
-                backward_of(job, task + i, (pair *)own, sums, dh, dh_t + place, h_t + place, wide);
+                write_dh_of(job, task + i, (pair *)own, sums, dh, dh_t + place, h_t + place, wide);
             }
+#pragma omp for schedule(dynamic, 1) nowait
+            for (long i = 0; i < pieces; i++) write_dx(job, piece + i, dh, (pair *)own, sums);
 #pragma omp for schedule(dynamic, 4)
-            for (long i = 0; i < targets; i++) {
-                const Target t = target[i];
-                const Rows from = t.part ? job->y[t.part->which] : job->x;
-                const half *left = (t.part ? h_t : dh_t) + t.at * wide + t.place;
-                const long width = MIN(COLUMNS, from.width - t.column);
-                gradient(t.segment, from, t.column, width, left, wide,
-                         t.part ? t.part->rank : columns_of(job, t.segment), (pair *)own, sums);
-                if (t.part) write_dB(t.part, sums, width, t.column);
-                else write_dA(job, t.segment, sums, width, t.column);
-            }
+            for (long i = 0; i < targets; i++) write_target(job, target + i, dh_t, h_t, wide, (pair *)own, sums);
         }
     }
-    free(dh), free(memory), free(target), free(task);
+    free(dh), free(memory), free(target), free(piece), free(task);
     return ready;
 }
