@@ -209,7 +209,7 @@ class _GroupedLinear(torch.autograd.Function):
         made = [output_for(x, outputs) for outputs in plan.outputs]
         y = [y_TO for _, y_TO in made]
         if plan.segments:
-            H = [native_linear.outputs(x_TI, y, W, b, plan.segments)]
+            H = [native_linear.outputs(x_TI, y, W, b, native_low_rank.packed(plan.segments))]
         else:
             H = []
             for y_TO, W_OI, bias in zip(y, W, b, strict=True):

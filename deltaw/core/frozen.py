@@ -130,8 +130,5 @@ def through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | N
     for g_TO, W_OI in zip(g, W, strict=True):
         if g_TO is None or W_OI is None:
             continue
-        if isinstance(W_OI, Stripped):
-            dx_TI = W_OI.add_transposed(g_TO, dx_TI)
-        else:
-            dx_TI = add_transposed(g_TO, W_OI, dx_TI)
+        dx_TI = W_OI.add_transposed(g_TO, dx_TI) if isinstance(W_OI, Stripped) else add_transposed(g_TO, W_OI, dx_TI)
     return torch.zeros_like(x_TI) if dx_TI is None else dx_TI

@@ -15,7 +15,7 @@ from torch import Tensor
 from deltaw.core import native_low_rank
 from deltaw.core.bank import Place
 from deltaw.core.frozen import Projection, Stripped, output_for, reference, through_frozen, write_product
-from deltaw.core.native_low_rank import Dense, Part, Segment, Target
+from deltaw.core.native_low_rank import Dense, Packed, Part, Segment, Target
 
 
 def native_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...] | None:
@@ -32,7 +32,7 @@ def native_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor,
 
 
 def outputs(x_TI: Tensor, y: Sequence[Tensor], W: Sequence[Tensor | Stripped | None], b: Sequence[Tensor | None],
-            segments: Sequence[Segment]) -> Tensor:
+            segments: Packed) -> Tensor:
     """Write every product with x and its changes to y (T, O); returns h = s·x Aᵀ (T, columns) for `gradients`.
 
     A W of None is an output of the change alone.
@@ -59,16 +59,12 @@ def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], W: Sequenc
 
     With a place in a bank for each part they are added there instead, and none is returned.
     """
-    g = [None if g_TO is None else g_TO.contiguous() for g_TO in g]
-    dense = [_dense(x_TI, W_OI, None) for W_OI in W]
-    others = [W_OI if own.W is None else None for W_OI, own in zip(W, dense, strict=True)]
-    found = any(W_OI is not None and g_TO is not None for W_OI, g_TO in zip(others, g, strict=True))
-    dx_TI = None if not of_x else through_frozen(g, others, x_TI) if found else x_TI.new_empty(x_TI.shape)
     parts = [part for segment in segments for part in segment.parts]
     targets = _targets(parts, places)
-    native_low_rank.backward(x_TI, h_TC, g, dx_TI, segments, targets, dense, onto_dx=found)
+    dx_TI = through(x_TI, h_TC, g, W, native_low_rank.packed(segments, targets), of_x=of_x)
     if not places:
-        return dx_TI, [None if g[part.which] is None else t for part, to in zip(parts, targets, strict=True) for t in to]
+        return dx_TI, [None if g[part.which] is None else grad
+                       for part, to in zip(parts, targets, strict=True) for grad in to]
     for part, place, to in zip(parts, places, targets, strict=True):
         if g[part.which] is None:
             continue
@@ -77,6 +73,18 @@ def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], W: Sequenc
         else:
             place.add(*to)
     return dx_TI, []
+
+
+def through(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | None],
+            segments: Packed, *, of_x: bool) -> Tensor | None:
+    """Write the gradients of all parts to their targets; returns dx (T, I), None where nobody asks."""
+    g = [None if g_TO is None else g_TO.contiguous() for g_TO in g]
+    dense = [_dense(x_TI, W_OI, None) for W_OI in W]
+    others = [W_OI if own.W is None else None for W_OI, own in zip(W, dense, strict=True)]
+    found = any(W_OI is not None and g_TO is not None for W_OI, g_TO in zip(others, g, strict=True))
+    dx_TI = None if not of_x else through_frozen(g, others, x_TI) if found else x_TI.new_empty(x_TI.shape)
+    native_low_rank.backward(x_TI, h_TC, g, dx_TI, segments, dense, onto_dx=found)
+    return dx_TI
 
 
 def _targets(parts: Sequence[Part], places: Sequence[Place]) -> list[Target]:
@@ -107,7 +115,7 @@ class _NativeLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, segments: Sequence[Segment], *flat: Any) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
         made = [output_for(x, W.shape[0]) for W in flat[0::4]]
-        h_TC = outputs(x_TI, [y_TO for _, y_TO in made], flat[0::4], flat[1::4], segments)
+        h_TC = outputs(x_TI, [y_TO for _, y_TO in made], flat[0::4], flat[1::4], native_low_rank.packed(segments))
         ctx.segments, ctx.stripped = segments, [t if isinstance(t, Stripped) else None for t in flat]
         ctx.save_for_backward(x, h_TC, *(None if isinstance(t, Stripped) else t for t in flat))
         ctx.set_materialize_grads(False)  # an output that nobody used costs no zeros of its size

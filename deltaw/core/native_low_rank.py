@@ -3,8 +3,8 @@ bfloat16.
 
 Each adapter's narrow products by themselves are a dozen calls for a few microseconds of work, over factors that are
 converted first. Here all segments and projections are one call, which reads A and B where they lie, adds their products
-to the frozen ones before those are rounded, and writes gradients where they will lie. It is for processors that multiply
-bfloat16 and have no tile registers for it, and needs a C compiler on the machine.
+to the frozen ones before those are rounded, and writes gradients where they will lie. It is for processors that
+multiply bfloat16 and have no tile registers for it, and needs a C compiler on the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,17 @@ class Target(NamedTuple):
     dB: Tensor
 
 
+class Packed(NamedTuple):
+    """Segments as the kernel reads them; whoever makes it keeps their tensors."""
+
+    spans: bytes
+    parts: bytes
+    columns: int
+    """The most that a segment has."""
+    wide: bool
+    """Whether factors are float32."""
+
+
 class Dense(NamedTuple):
     """A frozen W (O, I) and b (O,) or None that the kernel multiplies with; no W where that is done elsewhere."""
 
@@ -72,7 +84,8 @@ class _Rows(ctypes.Structure):
 
 
 class _Job(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("tokens", "segments", "projections", "threads", "wide", "onto_dx")),
+    _fields_ = [*((name, ctypes.c_int64) for name in (
+                    "tokens", "segments", "projections", "threads", "wide", "onto_dx")),
                 *((name, ctypes.c_char_p) for name in ("segment", "part", "frozen")),
                 *((name, _Rows) for name in ("x", "dx", "h")), ("y", ctypes.c_char_p)]
 
@@ -112,10 +125,37 @@ def _library() -> ctypes.CDLL:
     return passes(NATIVE / "low_rank.c", _Job)
 
 
-def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Sequence[Segment], dense: Sequence[Dense] = ()) -> Tensor:
-    """Write every product of `dense`, and add every change, to y (T, O) of each projection; returns h for `backward`."""
-    h_TC = x_TI.new_zeros(len(x_TI), columns_of(segments))
-    _run(_library().forward, segments, x_TI, None, h_TC, y, None, dense)
+def packed_part(part: Part, to: Target | None) -> bytes:
+    """A part, and where its gradients are written, as the kernel reads it."""
+    _, A, B, scale = part
+    dA, dB = (0, 0) if to is None else (to.dA.data_ptr(), to.dB.data_ptr())
+    return _PART.pack(part.which, A.shape[0], A.data_ptr(), B.data_ptr(), dA, dB, scale)
+
+
+def packed_spans(spans: Sequence[tuple[int, int, int]]) -> bytes:
+    """The first token of each segment, the one after its last, and its parts, as the kernel reads them."""
+    made, at = [], 0
+    for start, stop, parts in spans:
+        made.append(_SEGMENT.pack(start, stop, at, parts))
+        at += parts
+    return b"".join(made)
+
+
+def packed(segments: Sequence[Segment], targets: Sequence[Target] = ()) -> Packed:
+    """Segments, and where the gradients of all parts in turn are written."""
+    parts = [part for segment in segments for part in segment.parts]
+    return Packed(packed_spans([(s.start, s.stop, len(s.parts)) for s in segments]),
+                  b"".join(packed_part(*both) for both in zip_longest(parts, targets)),
+                  max((s.columns for s in segments), default=0), bool(parts) and parts[0].A.dtype == torch.float32)
+
+
+NOTHING = Packed(b"", b"", 0, wide=False)
+
+
+def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Packed, dense: Sequence[Dense] = ()) -> Tensor:
+    """Write every product of `dense`, and add every change, to y (T, O) of each projection; returns h of `backward`."""
+    h_TC = x_TI.new_zeros(len(x_TI), in_vectors(segments.columns))
+    _run(_library().forward, segments, x_TI, None, h_TC, y, dense)
     return h_TC
 
 
@@ -124,7 +164,7 @@ def product(x_TI: Tensor, W_OI: Tensor, b_O: Tensor | None, y_TO: Tensor) -> boo
     dense = Dense(W_OI, b_O)
     if not (_takes_now(x_TI) and dense.fits(x_TI) and y_TO.stride(1) == 1):
         return False
-    _run(_library().forward, (), x_TI, None, x_TI, [y_TO], None, [dense])
+    _run(_library().forward, NOTHING, x_TI, None, x_TI, [y_TO], [dense])
     return True
 
 
@@ -133,7 +173,7 @@ def transposed_product(g_TO: Tensor, W_OI: Tensor, dx_TI: Tensor, *, add: bool) 
     dense = Dense(W_OI)
     if not (_takes_now(g_TO) and dense.fits(g_TO) and dx_TI.stride(1) == g_TO.stride(1) == 1):
         return False
-    _run(_library().backward, (), dx_TI, dx_TI, dx_TI, [g_TO], (), [dense], add)
+    _run(_library().backward, NOTHING, dx_TI, dx_TI, dx_TI, [g_TO], [dense], add)
     return True
 
 
@@ -142,36 +182,29 @@ def _takes_now(x: Tensor) -> bool:
 
 
 def columns_of(segments: Sequence[Segment]) -> int:
-    """Columns of h, in whole vectors of 32."""
-    return -(-max(segment.columns for segment in segments) // 32) * 32
+    """Columns of h."""
+    return in_vectors(max(segment.columns for segment in segments))
 
 
-def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None, segments: Sequence[Segment],
-             targets: Sequence[Target], dense: Sequence[Dense] = (), *, onto_dx: bool = True) -> None:
-    """Write the gradients of all parts in turn to their targets, from g of each y; write x's to dx (T, I), or add them.
+def in_vectors(columns: int) -> int:
+    """Columns in whole vectors of 32."""
+    return -(-columns // 32) * 32
+
+
+def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None, segments: Packed,
+             dense: Sequence[Dense] = (), *, onto_dx: bool = True) -> None:
+    """Write the gradients of all parts to their targets, from g of each y; write x's to dx (T, I), or add them.
 
     Targets of a part whose y has no g stay as they are.
     """
-    _run(_library().backward, segments, x_TI, dx_TI, h_TC, g, targets, dense, onto_dx)
+    _run(_library().backward, segments, x_TI, dx_TI, h_TC, g, dense, onto_dx)
 
 
-def _run(function: Callable[[Any], bool], segments: Sequence[Segment], x: Tensor, dx: Tensor | None, h: Tensor,
-         y: Sequence[Tensor | None], targets: Sequence[Target] | None, dense: Sequence[Dense],
-         onto_dx: bool = False) -> None:
+def _run(function: Callable[[Any], bool], segments: Packed, x: Tensor, dx: Tensor | None, h: Tensor,
+         y: Sequence[Tensor | None], dense: Sequence[Dense], onto_dx: bool = False) -> None:
     x = x if x.stride(1) == 1 else x.contiguous()
-    parts = [part for segment in segments for part in segment.parts]
-    if targets is None:
-        packed = [_PART.pack(part.which, len(part.A), part.A.data_ptr(), part.B.data_ptr(), 0, 0, part.scale)
-                  for part in parts]
-    else:
-        packed = [_PART.pack(part.which, len(part.A), part.A.data_ptr(), part.B.data_ptr(), to.dA.data_ptr(),
-                             to.dB.data_ptr(), part.scale) for part, to in zip(parts, targets, strict=True)]
-    spans, at = [], 0
-    for segment in segments:
-        spans.append(_SEGMENT.pack(segment.start, segment.stop, at, len(segment.parts)))
-        at += len(segment.parts)
-    job = _Job(len(x), len(spans), len(y), torch.get_num_threads(), bool(parts) and parts[0].A.dtype == torch.float32, onto_dx,
-               b"".join(spans), b"".join(packed), b"".join(map(_frozen, dense or [Dense()] * len(y))),
+    job = _Job(len(x), len(segments.spans) // _SEGMENT.size, len(y), torch.get_num_threads(), segments.wide, onto_dx,
+               segments.spans, segments.parts, b"".join(map(_frozen, dense or [Dense()] * len(y))),
                _rows(x), _Rows() if dx is None else _rows(dx), _rows(h),
                b"".join(_ROWS.pack(0, 0, 0) if t is None else _ROWS.pack(t.data_ptr(), t.stride(0), t.shape[1])
                         for t in y))

@@ -43,7 +43,8 @@ def _forward(x: Tensor, W: Sequence[Tensor], b: Sequence[Tensor], A: Sequence[Te
     x_TI = x.reshape(-1, x.shape[-1])
     y = [x.new_empty(*x.shape[:-1], W_OI.shape[0]) for W_OI in W]
     flat, biases = [t.view(-1, t.shape[-1]) for t in y], [t if t.numel() else None for t in b]
-    return [*y, native_linear.outputs(x_TI, flat, W, biases, _segments(len(x_TI), A, B, scales))]
+    return [*y, native_linear.outputs(x_TI, flat, W, biases, native_low_rank.packed(
+        _segments(len(x_TI), A, B, scales)))]
 
 
 @_forward.register_fake

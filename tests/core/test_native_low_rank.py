@@ -98,7 +98,7 @@ def results(x: Tensor, segments: list[Segment], first: int = 0) -> list[tuple[li
     y = [torch.empty(len(x), out, dtype=torch.bfloat16) for out in OUTPUTS]
     g = [randn(700, out, seed=7 + out)[first:first + len(x)] for out in OUTPUTS]
     W = [layer.W for layer in layers()]
-    h = native_linear.outputs(x, y, W, [layer.b for layer in layers()], segments)
+    h = native_linear.outputs(x, y, W, [layer.b for layer in layers()], native_low_rank.packed(segments))
     dx, each = native_linear.gradients(x, h, g, W, segments)
     assert dx is not None
     found = iter(each)

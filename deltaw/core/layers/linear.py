@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core import native_op
-from deltaw.core.batched import Factors, Frozen, Group, grouped_linear
+from deltaw.core.banked import Entries
+from deltaw.core.batched import Frozen
 from deltaw.core.frozen import Projection, Stripped, frozen_linear
 from deltaw.core.kernels import low_rank_linear
 from deltaw.core.layers.adapted import CHILD, Adapted, floating
+from deltaw.core.layers.grouped import add_grouped, grouped
 from deltaw.core.layers.shared_input import Narrow, calls
 from deltaw.core.layers.slots import LowRank
 from deltaw.core.methods import lora
@@ -42,6 +44,9 @@ class AdaptedLinear(Adapted):
     followers: tuple[AdaptedLinear, ...] = ()
     """Layers that are called after this one with its input; see `shared_input`."""
 
+    entries: Entries | None = None
+    """What the kernel reads of adapters in banks, here and in the layers that follow."""
+
     narrow: Narrow | None = None
     """What this layer and all others of its input share while a compiler traces them."""
 
@@ -55,7 +60,7 @@ class AdaptedLinear(Adapted):
         if calls.watcher is not None and args and isinstance(args[0], Tensor):
             calls.watcher(self, args[0])
         if len(args) == 1 and not kwargs and self.is_grouped() and self.can_group(args[0]):
-            return self.grouped(args[0])
+            return grouped(self, args[0])
         if len(args) != 1 or kwargs or not self.can_fuse(args[0]):
             return super().forward(*args, **kwargs)
         x: Tensor = args[0]
@@ -201,44 +206,6 @@ class AdaptedLinear(Adapted):
             return False
         return self.stripped(x) is not None or not self._obstacle_of_host(x)
 
-    def grouped(self, x: Tensor) -> Tensor:
-        """The output with every segment's own change, made together with those of the layers that share x."""
-        route = self.state.route
-        assert route is not None
-        segments = route.segments(x.shape, self.site)
-
-        def compute(layers: Sequence[AdaptedLinear]) -> Sequence[Tensor]:
-            groups = [Group(start, stop, [layer.factors_of(name) for layer in layers], self.dropout_of(name),
-                            route.generators.get(name)) for name, start, stop in segments if name is not None]
-            return grouped_linear(x, [layer.frozen(x) for layer in layers], groups)
-
-        if self.draws(route):
-            return compute([self])[0]
-        followers = [layer for layer in self.followers if layer.can_follow_grouped(x, route)]
-        return calls.take(self, x, route, followers, compute)
-
-    def can_follow_grouped(self, x: Tensor, route: Route) -> bool:
-        """`can_follow` for a batch of several adapters."""
-        return (self.is_unwatched() and self.can_group(x) and self.in_features == x.shape[-1]
-                and not self.draws(route))
-
-    def draws(self, route: Route) -> bool:
-        """Whether some adapter of a route has dropout here, now."""
-        return self.training and not self.dropping.isdisjoint(route.names)
-
-    def dropout_of(self, name: str) -> float:
-        """The dropout of an adapter here, now."""
-        return self.slots[name].dropout if self.training and name in self.dropping else 0.0
-
-    def factors_of(self, name: str) -> Factors | None:
-        """An adapter's change here, if it has one."""
-        slot = self.slots.get(name)
-        if slot is None:
-            return None
-        if slot.place is not None:  # hundreds of adapters at hundreds of layers: asking the module is slow
-            return Factors(*slot.place.factors, slot.scaling, slot.place)
-        return Factors(*slot.factors(), slot.scaling)
-
     def frozen(self, x: Tensor) -> Frozen:
         """The host's own product with x."""
         W = self.stripped(x) or self.weight_OI()
@@ -281,7 +248,7 @@ class AdaptedLinear(Adapted):
     def drop(self, adapter: str) -> None:
         """Forget one adapter's slots, and the stack: the next one's factors may come to lie at the same addresses."""
         super().drop(adapter)
-        self.bank = None
+        self.bank = self.entries = None
 
     def add_low_rank(self, y: Tensor, x: Tensor, slot: LowRank, weight: float) -> Tensor:
         """y + w·s·B(A x), with dropout on x in training."""
@@ -295,7 +262,7 @@ class AdaptedLinear(Adapted):
     def add_by_row(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         """All rows at once through stacked factors, unless few adapters share many rows, or dropout is drawn."""
         if route.lengths is not None and self.rows_are == "first" and not self.biases.keys() & set(route.unique):
-            return self.add_grouped(y, x, route)
+            return add_grouped(self, y, x, route)
         unique = [name for name in route.unique if name in self.slots]
         dropout = self.training and any(self.slots[name].dropout for name in unique)
         if dropout or any(name in self.biases for name in route.unique) \
@@ -308,13 +275,6 @@ class AdaptedLinear(Adapted):
         out = lora.add_low_rank_by_row(y.reshape(rows, -1, y.shape[-1]),
                                        x.to(dtype).reshape(rows, -1, x.shape[-1]), A_BRI, B_BRO)
         return out.view(y.shape)
-
-    def add_grouped(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
-        """y of a host that is no plain product, a quantized one say, plus every segment's own change."""
-        wide = x if self.state.compute_dtype is None else x.to(self.state.compute_dtype)
-        groups = [Group(start, stop, [self.factors_of(name)], self.dropout_of(name), route.generators.get(name))
-                  for name, start, stop in route.segments(x.shape, self.site) if name is not None]
-        return y + grouped_linear(wide, [Frozen(None, None, y.shape[-1])], groups)[0].to(y.dtype)
 
     def stacked(self, route: Route, unique: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (B, R, I) and s·Bᵀ (B, R, O) for the rows of a route, with zeros for rows that change nothing here."""
