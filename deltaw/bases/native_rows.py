@@ -120,7 +120,7 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) -> T
     cosine and sine are (B or 1, T, D); D is even.
     """
     B, heads, T, D = x.shape
-    y = x.new_empty(B, T, heads, D).transpose(1, 2)
+    y = x.new_empty_strided((B, heads, T, D), (T * heads * D, D, heads * D, 1))
     x, angles = _side_by_side(x), [_side_by_side(t.expand(B, T, D)) for t in (cosine, sine)]
     views = [_View(t.data_ptr(), *t.stride()[:3]) for t in (x, y)]
     _run(_rotary().backward if back else _rotary().forward,

@@ -24,6 +24,7 @@ from deltaw import bases
 from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.norms import keeping_less, norm_modules
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
+from deltaw.bases.rotary import rotary_in_one_pass
 from deltaw.core.layers import plain_layers
 from deltaw.inject.blocks import repeated_layers
 from deltaw.train.agreement import same_loss
@@ -72,6 +73,7 @@ class Preparation:
             with torch.random.fork_rng():  # the run draws what it would draw without the looks taken here
                 self.share(choices)
                 recomputes = self.recompute(choices, stack)
+                stack.enter_context(rotary_in_one_pass(self.base.model))
                 stack.enter_context(keeping_less(norm_modules(self.base.model, self.look)))
                 if recomputes != "layer":  # a layer that is computed again keeps nothing of this
                     stack.enter_context(product_made_again(gated_modules(self.base.model, self.look)))
