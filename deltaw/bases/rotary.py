@@ -2,17 +2,18 @@
 
     y = x∘cos + rotate_half(x)∘sin
 
-transformers' models compute it in a function of the module that their attention is written in. It is exchanged there
-for the length of a block, if it is found to compute this; torch's operations are a dozen passes over queries and keys.
+transformers' models compute it in a function that the code of their attention finds among its globals. If it is found
+to compute this, attention runs with another in its place for the length of a block, and no other model does: torch's
+operations are a dozen passes over queries and keys.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +27,39 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 @contextmanager
 def rotary_in_one_pass(model: nn.Module) -> Iterator[None]:
-    """A model in bfloat16 with the kernel for its positions, for the length of the block.
-
-    Other models of its class use it too meanwhile: what they compute is the same.
-    """
+    """A model in bfloat16 with the kernel for its positions, for the length of the block."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    scopes = _scopes(model) if first is not None and native_rows.fit(first) else []
-    own = [scope[NAME] for scope in scopes]
-    for scope in scopes:
-        scope[NAME] = wraps(scope[NAME])(partial(_rotary, scope[NAME]))
+    every = _exchanged(model) if first is not None and native_rows.fit(first) else {}
+    for module, forward in every.items():
+        module.forward = partial(_forward, module.forward, forward)
     try:
         yield
     finally:
-        for scope, rotary in zip(scopes, own, strict=True):
-            scope[NAME] = rotary
+        for module in every:
+            del module.__dict__["forward"]
 
 
-def _scopes(model: nn.Module) -> list[dict[str, Any]]:
-    """The globals of the model's code in which there is such a function."""
-    every = {id(scope): scope for kind in {type(module) for module in model.modules()}
-             if NAME in (scope := getattr(inspect.unwrap(kind.forward), "__globals__", {}))}
-    return [scope for scope in every.values() if _is_the_formula(scope[NAME])]
+def _exchanged(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """The modules whose code calls such a function, and their forward with the kernel in its place."""
+    made: dict[type, FunctionType] = {}
+    for kind in {type(module) for module in model.modules()}:
+        forward = kind.forward
+        if isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__") \
+                and NAME in forward.__code__.co_names and _is_the_formula(own := forward.__globals__.get(NAME)):
+            scope = forward.__globals__ | {NAME: wraps(own)(partial(_rotary, own))}
+            made[kind] = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__,
+                                      forward.__closure__)
+            made[kind].__kwdefaults__ = forward.__kwdefaults__
+    return {module: MethodType(made[type(module)], module) for module in model.modules()
+            if type(module) in made and "forward" not in module.__dict__}
+
+
+def _forward(own: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (own if torch.compiler.is_compiling() else forward)(*args, **kwargs)
 
 
 @torch.no_grad()
-def _is_the_formula(rotary: Rotary) -> bool:
+def _is_the_formula(rotary: Any) -> TypeGuard[Rotary]:
     """Whether a function gives what the formula gives for queries and keys of other numbers of heads."""
     generator = torch.Generator().manual_seed(0)
     q, k, cosine, sine = (torch.randn(shape, generator=generator, device="cpu")
@@ -69,7 +78,7 @@ def _plain(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def _rotary(own: Rotary, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) != 4 or kwargs or not _fit(*args):
+    if not torch.is_grad_enabled() or len(args) != 4 or kwargs or not _fit(*args):
         return own(*args, **kwargs)
     both: tuple[Tensor, Tensor] = _Rotary.apply(*args)  # type: ignore[no-untyped-call]
     return both

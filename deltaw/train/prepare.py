@@ -72,8 +72,8 @@ class Preparation:
         with ExitStack() as stack:
             with torch.random.fork_rng():  # the run draws what it would draw without the looks taken here
                 self.share(choices)
-                recomputes = self.recompute(choices, stack)
                 stack.enter_context(rotary_in_one_pass(self.base.model))
+                recomputes = self.recompute(choices, stack)
                 stack.enter_context(keeping_less(norm_modules(self.base.model, self.look)))
                 if recomputes != "layer":  # a layer that is computed again keeps nothing of this
                     stack.enter_context(product_made_again(gated_modules(self.base.model, self.look)))
