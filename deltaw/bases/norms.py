@@ -2,8 +2,8 @@
 
     r = 1 / sqrt(mean(x²) + eps),  y = w·(r x),  dx = r·(w∘g - x·r²·mean(x∘w∘g))
 
-Plain autograd keeps x and r x of each token in float32. Which modules are of this kind is not read from names: one
-forward is watched, and a module is taken if it gives what the formula gives, also where eps is what counts.
+Plain autograd keeps x in float32, twice as much. Which modules are of this kind is not read from names: one forward is
+watched, and a module is taken if it gives what the formula gives, also where eps is what counts.
 """
 
 from __future__ import annotations
