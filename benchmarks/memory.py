@@ -50,6 +50,8 @@ def child(args: argparse.Namespace) -> None:
     else:
         import deltaw
         from deltaw.bases.gated import gated_modules, product_made_again
+        from deltaw.bases.norms import keeping_less, norm_modules
+        from deltaw.bases.rotary import rotary_in_one_pass
         from deltaw.train.compile import compiled_layers
         from deltaw.train.memory import give_back, recompute_activations, release_at_once
         from deltaw.train.objective import CausalLoss
@@ -62,6 +64,8 @@ def child(args: argparse.Namespace) -> None:
             objective.loss(model, {n: t[:1, :64] for n, t in batch.items()})
 
         board.share_inputs(look)
+        stack.enter_context(rotary_in_one_pass(model))
+        stack.enter_context(keeping_less(norm_modules(model, look)))
         if side == "recomputed":
             recompute_activations(model)
             release_at_once()

@@ -32,7 +32,9 @@ from where import add_options
 import deltaw
 from deltaw.bases import choose_dtype
 from deltaw.bases.gated import gated_modules, product_made_again
+from deltaw.bases.norms import keeping_less, norm_modules
 from deltaw.bases.packed_attention import packed_attention
+from deltaw.bases.rotary import rotary_in_one_pass
 from deltaw.train.compile import compiled_layers
 from deltaw.train.cross_entropy import Terms
 from deltaw.train.objective import CausalLoss, ClassLoss
@@ -79,6 +81,8 @@ class Sides:
             self.objective.loss(model, {n: t[:1] for n, t in self.batch.items()})
 
         board.share_inputs(look)
+        self.stack.enter_context(rotary_in_one_pass(model))
+        self.stack.enter_context(keeping_less(norm_modules(model, look)))
         self.stack.enter_context(product_made_again(gated_modules(model, look)))
         if self.task is not None:
             self.stack.enter_context(packed_attention(model))

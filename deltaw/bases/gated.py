@@ -4,7 +4,8 @@
 
 Plain autograd keeps g, act(g), u and their product for each token, four of the widest values that a transformer has;
 g and u are enough. Which modules are of this kind is not read from names: one forward is watched, and a module is taken
-if what its parts were given and gave is this formula to the last bit. The numbers stay the same to the last bit too.
+if what its parts were given and gave is this formula to the last bit. The numbers stay the same to the last bit too,
+but where act is SiLU and a kernel (`native_rows`) makes the product in one pass: there single ones round otherwise.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from deltaw.bases import native_rows
 
 
 class Gated(NamedTuple):
@@ -81,12 +85,27 @@ def _is_a_function(act: nn.Module, g: Tensor, a: Tensor) -> bool:
             act.train(was_training)
 
 
+@torch.no_grad()
+def _is_silu(act: nn.Module) -> bool:
+    """Whether act gives in bfloat16 what SiLU gives."""
+    z = torch.cat([torch.linspace(-120, 120, 481, device="cpu"), torch.logspace(-20, 1, 200, device="cpu")])
+    z = torch.cat([z, -z]).bfloat16()
+    try:
+        return torch.equal(act.forward(z), F.silu(z))
+    except (NotImplementedError, RuntimeError):
+        return False  # an activation for another device
+
+
+def _is_watched(act: nn.Module) -> bool:
+    return bool(act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
+
+
 @contextmanager
 def product_made_again(modules: Sequence[Gated]) -> Iterator[None]:
     """These modules without the product among what is kept for the backward pass, for the length of the block."""
     own = [one.module.__dict__.get("forward") for one in modules]
     for one in modules:
-        one.module.forward = partial(_forward, one, one.module.forward)
+        one.module.forward = partial(_forward, one, _is_silu(one.act), one.module.forward)
     try:
         yield
     finally:
@@ -96,15 +115,16 @@ def product_made_again(modules: Sequence[Gated]) -> Iterator[None]:
                 one.module.forward = forward
 
 
-def _forward(parts: Gated, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _forward(parts: Gated, is_silu: bool, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) != 1 or kwargs:
         return forward(*args, **kwargs)  # a compiler decides itself what to make again
     if parts.gate_first:
         g, u = parts.gate(args[0]), parts.up(args[0])
     else:
         u, g = parts.up(args[0]), parts.gate(args[0])
-    again = _Again(g.detach(), u.detach(), parts.act, [])
-    p: Tensor = _Product.apply(g, u, parts.act, again.halves)  # type: ignore[no-untyped-call]
+    quick = is_silu and g.shape == u.shape and g.numel() > 0 and native_rows.fit(g, u) and not _is_watched(parts.act)
+    again = _Again(g.detach(), u.detach(), parts.act, quick, [])
+    p: Tensor = _Product.apply(g, u, parts.act, quick, again.halves)  # type: ignore[no-untyped-call]
     place, shape, dtype = p.data_ptr(), p.shape, p.dtype
 
     def pack(kept: Tensor) -> Tensor | _Again:
@@ -121,6 +141,8 @@ class _Again(NamedTuple):
     g: Tensor
     u: Tensor
     act: nn.Module
+    quick: bool
+    """Whether the kernel makes the product, and its gradients."""
     halves: list[tuple[Tensor, Tensor]]
     """g and act(g) with the graph between them, once they were made, for the node of the product to take."""
 
@@ -128,6 +150,8 @@ class _Again(NamedTuple):
 def _unpack(kept: Tensor | _Again) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
+    if kept.quick:
+        return native_rows.gate(kept.g, kept.u)
     if not kept.halves:
         kept.halves.append(_activated(kept.g, kept.act))
     return kept.halves[0][1].detach() * kept.u
@@ -143,16 +167,19 @@ class _Product(torch.autograd.Function):
     """act(g)·u, of which g and u are kept."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor, act: nn.Module, halves: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, g: Tensor, u: Tensor, act: nn.Module, quick: bool,
+                halves: list[tuple[Tensor, Tensor]]) -> Tensor:
         ctx.save_for_backward(g, u)
-        ctx.act, ctx.halves = act, halves
-        product: Tensor = act(g) * u
+        ctx.act, ctx.quick, ctx.halves = act, quick, halves
+        product: Tensor = native_rows.gate(g, u) if quick else act(g) * u
         return product
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         g, u = ctx.saved_tensors
+        if ctx.quick:
+            return *native_rows.gate_backward(gradient, g, u), None, None, None
         leaf, a = ctx.halves.pop() if ctx.halves else _activated(g, ctx.act)
         dg, = torch.autograd.grad(a, leaf, gradient * u)
-        return dg, gradient * a.detach(), None, None
+        return dg, gradient * a.detach(), None, None, None

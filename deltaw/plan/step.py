@@ -1,9 +1,9 @@
 """One training step on a network without values: what it keeps, what it adds on top, and what it computes.
 
-Tuned as `deltaw train` tunes: inputs of q, k and v shared, gated products made again, examples laid end to end where
-the base lets it, gradient checkpointing as asked for, logits of supervised tokens only, in stretches (their buffers are
-added by `memory`, since they do not depend on the network). Two short networks are run, and what one layer more costs
-is taken for all others.
+Tuned as `deltaw train` tunes: inputs of q, k and v shared, gated products made again, frozen norms that keep less,
+examples laid end to end where the base lets it, gradient checkpointing as asked for, logits of supervised tokens only,
+in stretches (their buffers are added by `memory`, since they do not depend on the network). Two short networks are run,
+and what one layer more costs is taken for all others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaw.bases.gated import gated_modules, product_made_again
+from deltaw.bases.norms import keeping_less, norm_modules
 from deltaw.bases.packed_attention import PLACES, attention_modules, packed_attention, takes_packed
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.errors import BaseModelError, Fault
@@ -168,10 +169,13 @@ def _forward(model: Any, config: PlanConfig, inputs: dict[str, Tensor], point: P
 
 
 def _what_is_made_again(model: Any, config: PlanConfig, stack: ExitStack) -> None:
-    """Gradient checkpointing and gated products, as training has them."""
+    """Gradient checkpointing, frozen norms and gated products, as training has them."""
     wanted = config.gradient_checkpointing
     inputs = example_inputs(1, ROOM + 1, packed=False)
     options: dict[str, Any] = {"use_cache": False} if config.task == "causal-lm" else {}
+    with Tape():
+        norms = norm_modules(model, lambda: model(**inputs, **options))
+    stack.enter_context(keeping_less(norms))
     if wanted == "attention" and takes_packed(model):
         with packed_attention(model), attention_modules() as found, torch.no_grad(), Tape():
             model(**inputs, **options)

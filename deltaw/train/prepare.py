@@ -3,6 +3,7 @@
     shared inputs   q, k, v and gate, up as one product: found by watching one forward
     plain layers    adapted layers that cannot be fused (quantized, say): counted, with the reason
     gated products  made again in the backward pass: found by watching one forward
+    frozen norms    keep less, in one pass: found by watching one forward
     packing         examples end to end instead of padded: taken if two examples give the loss they give apart
     compiling       taken if the run is long, and kept if a measured step is faster
 
@@ -21,7 +22,9 @@ import torch
 
 from deltaw import bases
 from deltaw.bases.gated import gated_modules, product_made_again
+from deltaw.bases.norms import keeping_less, norm_modules
 from deltaw.bases.packed_attention import attention_modules, packed_attention, takes_packed
+from deltaw.bases.rotary import rotary_in_one_pass
 from deltaw.core.layers import plain_layers
 from deltaw.inject.blocks import repeated_layers
 from deltaw.train.agreement import same_loss
@@ -69,7 +72,9 @@ class Preparation:
         with ExitStack() as stack:
             with torch.random.fork_rng():  # the run draws what it would draw without the looks taken here
                 self.share(choices)
+                stack.enter_context(rotary_in_one_pass(self.base.model))
                 recomputes = self.recompute(choices, stack)
+                stack.enter_context(keeping_less(norm_modules(self.base.model, self.look)))
                 if recomputes != "layer":  # a layer that is computed again keeps nothing of this
                     stack.enter_context(product_made_again(gated_modules(self.base.model, self.look)))
                 choices.packed = self.pack(choices, recorded)

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import deltaw
+from deltaw.bases import native_rows
 from deltaw.bases.gated import gated_modules, product_made_again
+from deltaw.bases.norms import keeping_less, norm_modules
+from deltaw.bases.rotary import rotary_in_one_pass
 from deltaw.core import LoraConfig, stretches
 from deltaw.data import pack
 from deltaw.data.examples import Example
@@ -77,6 +80,37 @@ def test_activations_without_values_equal_those_of_a_real_step(
         assert planned.kept == pytest.approx(real, abs=2 * hidden)
     else:  # beside that the inputs of layers, which are held outside of the graph
         assert real <= planned.kept <= real + (layers + 2) * hidden
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_activations_in_bfloat16_where_norms_keep_less(layers: int, native: bool, tiny_llama: Callable[..., Any],
+                                                       tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(native_rows, "is_there", lambda: False)
+    fields = {"num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 96}
+    model = tiny_llama(**fields).train().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path), lora=LoraConfig(r=4), batch_size=3, max_length=50, packing="off")
+    planned = Steps(read_shapes(str(tmp_path)), config, torch.bfloat16).at("lora", 3, 50)
+
+    board, objective, ids = deltaw.attach(model, LoraConfig(r=4), seed=0), CausalLoss(), torch.randint(3, 90, (3, 50))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def look() -> None:
+        objective.loss(model, batch)
+
+    with torch.no_grad():
+        board.share_inputs(look)
+    norms = norm_modules(model, look)
+    assert len(norms) == 2 * layers + 1
+    with product_made_again(gated_modules(model, look)), rotary_in_one_pass(model):
+        before = saved_by_autograd(model, batch, objective)
+        with keeping_less(norms):
+            real = saved_by_autograd(model, batch, objective)
+    tokens = 3 * 50
+    assert planned.kept == pytest.approx(real, abs=2 * tokens * 64 * 2 + tokens * 96 * 2)
+    assert before - real >= 2 * layers * tokens * 64 * 2
 
 
 def test_work_counts_the_products_that_torchs_counter_counts(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:

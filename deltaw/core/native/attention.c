@@ -9,6 +9,7 @@
 
 #include "tile.h"
 #include "layout.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -35,7 +36,6 @@ typedef struct {                /* what a thread has to itself */
 
 #define AT(view, span, h, t) \
     ((view).data + (span).row * (view).row + (h) * (view).head + ((span).start + (t)) * (view).token)
-#define LOG2_E 1.44269504088896341f
 #define LN_2 0.69314718055994531f
 
 static void *take(char **memory, size_t bytes)
@@ -61,19 +61,6 @@ static bool prepare(Work *w, const Job *job, bool backward)
     w->dP = take(&at, square * sizeof(float));
     w->dk = take(&at, D * wide * sizeof(float)), w->dv = take(&at, D * wide * sizeof(float));
     return true;
-}
-
-/* 2^x, to a relative error of 2e-7; 0 below -126. */
-INLINE __m512 exp2_(__m512 x)
-{
-    static const float c[] = {1.339887440e-3f, 9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472029e-1f,
-                              1.0f};
-    const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);   /* and where it is NaN */
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.535336188e-4f);
-    for (int i = 0; i < 6; i++) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c[i]));
-    return _mm512_maskz_scalef_ps(some, y, whole);
 }
 
 INLINE __m512 counted_from(long first)
