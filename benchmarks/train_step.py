@@ -34,9 +34,9 @@ from deltaw.bases import choose_dtype
 from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.packed_attention import packed_attention
 from deltaw.train.compile import compiled_layers
-from deltaw.train.cross_entropy import Terms
 from deltaw.train.objective import CausalLoss, ClassLoss
 from deltaw.train.optimizer import adamw
+from deltaw.train.terms import Terms
 
 RIVALS = ["peft", "peft autocast", "peft 16-bit"]
 """All but the first over a 16-bit base only."""
