@@ -14,7 +14,7 @@ Tables = Literal["none", "int8"]
 
 def tables_alone(where: str, quantize: str | None, tables: str) -> Fault | None:
     """What to say of packed tables beside linear layers that are not; None where nothing is to be said."""
-    if tables == "none" or quantize not in (None, "none"):
+    if tables != "int8" or quantize not in (None, "none"):
         return None
     return Fault(where, f"got {tables!r} without quantize", "quantize too: nf4, fp4 or int8",
                  "Pack the linear layers as well, which weigh more; or leave quantize_tables out")
