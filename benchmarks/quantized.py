@@ -6,7 +6,8 @@
 Qwen2.5-0.5B's shapes with random weights, TinyLlama-1.1B's or Llama-2-7B's; all-linear r=8, every token learned from.
 `--keep FOLDER` keeps the model for the next call, so that each case can have a call of its own.
 
-Memory is the most that a fresh process held (VmHWM), loading included, less what it held after its imports ("training
+Memory is shown with the embedding and the output layer in 16 bits and with them in 8 (`--quantize-tables int8`). It is
+the most that a fresh process held (VmHWM), loading included, less what it held after its imports ("training
 memory"); layers are computed again in the backward pass on all sides. QLoRA and LoRA are both computed in bf16, with
 16-bit embeddings, as on hardware that has bf16 instructions.
 Time is measured in fp32 on all sides, beside LoRA over fp32 weights, and in bf16 where the processor multiplies it
@@ -41,6 +42,7 @@ from deltaw.bases import choose_dtype
 
 MB = 1e6
 Step = Callable[[], float]
+TABLES = "qlora + int8 tables"
 NAMES = {"0.5b": "qwen", "1b": "llama1b", "7b": "llama7b"}
 CASES = {"cpu": "time-fp32,time-bf16,memory-bf16,memory-fp32,load", "cuda": "time-bf16,memory-bf16,load"}
 
@@ -56,7 +58,7 @@ def write_model(folder: Path, shape: str, layers: int, device: str) -> None:
 
 
 def ours(folder: Path, dtype: str, quantize: Any, size: tuple[int, int], device: str, *,
-         recompute: bool) -> tuple[Step, Any]:
+         recompute: bool, tables: Any = "none") -> tuple[Step, Any]:
     """A step of ours, and its board."""
     import deltaw
     from deltaw.bases import load_base
@@ -64,7 +66,8 @@ def ours(folder: Path, dtype: str, quantize: Any, size: tuple[int, int], device:
     from deltaw.train.objective import CausalLoss
     from deltaw.train.optimizer import adamw
 
-    model = load_base(str(folder), dtype=dtype, quantize=quantize, device=device).model.train()
+    model = load_base(str(folder), dtype=dtype, quantize=quantize, quantize_tables=tables,
+                      device=device).model.train()
     board = deltaw.attach(model, deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR), seed=0)
     batch, objective = batch_of(*size, device), CausalLoss()
     board.share_inputs(lambda: objective.loss(model, {n: t[:1, :64] for n, t in batch.items()}))
@@ -137,7 +140,8 @@ def child(side: str, folder: Path, dtype: str, size: tuple[int, int], device: st
     if side.startswith("peft"):
         step = peft_bitsandbytes(folder, dtype, size, device, recompute=True, side=side)
     else:
-        step, _ = ours(folder, dtype, "nf4" if side == "qlora" else None, size, device, recompute=True)
+        step, _ = ours(folder, dtype, None if side == "lora" else "nf4", size, device, recompute=True,
+                       tables="int8" if side == TABLES else "none")
     losses = [step() for _ in range(2)]
     print(json.dumps(highest(device) | {"before": before, "losses": losses}))
 
@@ -163,7 +167,7 @@ def measured(side: str, folder: Path, dtype: str, size: tuple[int, int], device:
 
 def memory_cases(folder: Path, dtype: str, size: tuple[int, int], device: str) -> list[Case]:
     """Peaks of QLoRA, LoRA and peft."""
-    names = ("qlora", "lora", *rivals(dtype, device))
+    names = ("qlora", TABLES, "lora", *rivals(dtype, device))
     with ThreadPoolExecutor(3 if device == "cuda" else 1) as pool:  # a GPU's figure is the process's own
         found = list(pool.map(lambda side: measured(side, folder, dtype, size, device), names))
     sides = dict(zip(names, found, strict=True))
@@ -173,8 +177,11 @@ def memory_cases(folder: Path, dtype: str, size: tuple[int, int], device: str) -
     near = {side: abs(sides["qlora"]["losses"][0] / sides[side]["losses"][0] - 1) < 2e-2
             for side in rivals(dtype, device)}
     shown = {"training memory": held} | ({} if device == "cuda" else {"whole process": whole})
+    agree = abs(sides[TABLES]["losses"][0] / sides["qlora"]["losses"][0] - 1) < 2e-2
     return [case for what, of in shown.items() for case in (
-        Case(f"{what}, {dtype}", "MB", of["qlora"], of["lora"], f"our {bits} LoRA", 0.55),
+        Case(f"{what}, {dtype}, tables in {bits}", "MB", of["qlora"], of["lora"], f"our {bits} LoRA", 0.55),
+        Case(f"{what}, {dtype}, --quantize-tables int8", "MB", of[TABLES], of["lora"], f"our {bits} LoRA", 0.55,
+             equal=agree),
         *(Case(f"{what}, {dtype}", "MB", of["qlora"], of[side], f"{side} + bitsandbytes", 0.8, equal=equal)
           for side, equal in near.items()))]
 

@@ -36,9 +36,9 @@ from deltaw.bases.norms import keeping_less, norm_modules
 from deltaw.bases.packed_attention import packed_attention
 from deltaw.bases.rotary import rotary_in_one_pass
 from deltaw.train.compile import compiled_layers
-from deltaw.train.cross_entropy import Terms
 from deltaw.train.objective import CausalLoss, ClassLoss
 from deltaw.train.optimizer import adamw
+from deltaw.train.terms import Terms
 
 RIVALS = ["peft", "peft autocast", "peft 16-bit"]
 """All but the first over a 16-bit base only."""

@@ -19,8 +19,8 @@ from deltaw.bases import gguf
 from deltaw.bases.heads import head_modules
 from deltaw.bases.precision import choose_dtype
 from deltaw.bases.quantize import (
-    Format,
     Quantization,
+    asked_quantization,
     check_quantizable,
     check_reader,
     kept_modules,
@@ -30,6 +30,7 @@ from deltaw.bases.quantize import (
 from deltaw.bases.quiet import quiet_transformers
 from deltaw.bases.sources import Place, find_base, read_config
 from deltaw.bases.unpacked import ask_for_weights, unpack
+from deltaw.core.formats import Format, Tables
 from deltaw.core.packed import keep_order
 from deltaw.errors import BaseModelError, ConfigError, DeltawError, Fault, near
 
@@ -97,12 +98,14 @@ def load_base(
     model: str, *, task: Task = "causal-lm", dtype: str | torch.dtype = "auto", num_labels: int | None = None,
     labels: Sequence[str] | None = None, device: str | torch.device = "cpu", revision: str | None = None,
     trust_remote_code: bool = False, quantize: Format | None = None, double_quant: bool = True,
+    quantize_tables: Tables = "none",
 ) -> Base:
     """The base model `model` and its tokenizer, ready for adapters.
 
     `model` is a Hub id, a folder, a .gguf file or "package:NAME"; see `deltaw.bases.sources`. `labels` names the
     classes of "seq-cls" (`num_labels` alone counts them). On the device "meta" the model has shapes but no weights.
-    `quantize` stores linear layers in 4 or 8 bits, with `double_quant` the scales of 4-bit blocks too.
+    `quantize` stores linear layers in 4 or 8 bits, with `double_quant` the scales of 4-bit blocks too, and
+    with `quantize_tables` "int8" the embedding and the output layer in 8 bits.
     Raises `BaseModelError` for a base that cannot be used, `ConfigError` for options that do not fit, and
     `MissingDependencyError` for a GGUF file without its reader, or quantizing without bitsandbytes.
 
@@ -110,7 +113,7 @@ def load_base(
     """
     head = _head_options(task, num_labels, labels)
     chosen, reason = choose_dtype(dtype, device)
-    wanted = None if quantize is None else Quantization(format=quantize, double_quant=double_quant)
+    wanted = asked_quantization(quantize, double_quant, quantize_tables)
     place = find_base(model, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     folder: Path | None = place.folder

@@ -3,7 +3,8 @@
 transformers builds the skeleton on the meta device, renames what the checkpoint calls otherwise and puts bitsandbytes'
 layers in place; tensors are read from the files one at a time (not mapped: pages of a mapped file count as this
 process's memory while it is open) and packed by `deltaw.bases.packing`. Embeddings, norms, biases, the output head and
-a classifier's head keep their numbers. Everything that does not fit is said before a weight is read.
+a classifier's head keep their numbers, but for the vocabulary's tables where 8 bits are asked for them too
+(`deltaw.bases.tables`). Everything that does not fit is said before a weight is read.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
 from deltaw.bases.heads import head_modules
 from deltaw.bases.packing import BLOCK, pack_4bit, pack_8bit
+from deltaw.bases.tables import packed_from, packed_table, place_tables, stored_rows, table_faults
+from deltaw.core.formats import Format, Tables, tables_alone
 from deltaw.errors import BaseModelError, ConfigError, Fault, MissingDependencyError, near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Format = Literal["nf4", "fp4", "int8"]
 _METHOD = "deltaw-strips"
 # What transformers needs to read a checkpoint that was quantized by a method, and how it is installed.
 _READERS: Mapping[str, tuple[str, str]] = {
@@ -48,14 +50,19 @@ class Quantization:
     """nf4, fp4 or int8."""
     double_quant: bool = True
     """4-bit: pack the scales of the blocks too."""
+    tables: Tables = "none"
+    """How the vocabulary's tables are stored: the input embedding, and the output layer tied to it or not."""
 
     def __post_init__(self) -> None:
-        if self.format not in get_args(Format):
-            raise ConfigError(Fault("quantize", f"got {self.format!r}", "one of " + ", ".join(get_args(Format)),
-                                    near(str(self.format), get_args(Format))))
+        faults = [Fault(name, f"got {got!r}", "one of " + ", ".join(known), near(str(got), known))
+                  for name, got, known in (("quantize", self.format, get_args(Format)),
+                                           ("quantize_tables", self.tables, get_args(Tables))) if got not in known]
+        if faults:
+            raise ConfigError(*faults)
 
     def __str__(self) -> str:
-        return f"{self.format}, double quantization" if self.double_quant and self.format != "int8" else self.format
+        linear = f"{self.format}, double quantization" if self.double_quant and self.format != "int8" else self.format
+        return linear if self.tables == "none" else f"{linear}, {self.tables} tables"
 
     @classmethod
     def read(cls, text: str | None) -> Quantization | None:
@@ -65,8 +72,17 @@ class Quantization:
         (Quantization(format='nf4', double_quant=True), None)
         """
         formats: tuple[Format, ...] = get_args(Format)
-        ways = (cls(format=name, double_quant=double) for name in formats for double in (True, False))
+        ways = (cls(format=name, double_quant=double, tables=tables) for name in formats for double in (True, False)
+                for tables in get_args(Tables))
         return next((way for way in ways if str(way) == text), None)
+
+
+def asked_quantization(quantize: Format | None, double_quant: bool, tables: Tables) -> Quantization | None:
+    """What the options of a base ask for; ConfigError for tables alone."""
+    fault = tables_alone("quantize_tables", quantize, tables)
+    if fault is not None:
+        raise ConfigError(fault)
+    return None if quantize is None else Quantization(format=quantize, double_quant=double_quant, tables=tables)
 
 
 def stored_quantization(config: Any) -> str | None:
@@ -113,6 +129,8 @@ def check_quantizable(source: str, skeleton: PreTrainedModel, config: Any, wante
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         faults.append(Fault(where, f"cannot be stored in blocks of {BLOCK}: {', '.join(odd[:3])}{more}",
                             f"inputs divisible by {BLOCK}", "Use quantize=int8, which has no blocks"))
+    if wanted.tables != "none":
+        faults += table_faults(where, skeleton)
     if faults:
         raise (MissingDependencyError if missing else BaseModelError)(*faults)
 
@@ -156,6 +174,8 @@ def load_quantized(skeleton: PreTrainedModel, folder: Path, config: Any, dtype: 
         opened = {file: stack.enter_context(safe_open(folder / file, framework="pt", backend="pread"))
                   for file in sorted(set(files.values()))}
         state = {key: opened[file].get_slice(key) for key, file in files.items()}
+        if wanted.tables != "none":
+            state = stored_rows(state, skeleton)
         model, report = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, device_map={"": device}, output_loading_info=True,
             ignore_mismatched_sizes=True, quantization_config=_settings(wanted, dtype, keep, own=True))
@@ -206,6 +226,7 @@ def _settings(wanted: Quantization, dtype: torch.dtype, keep: tuple[str, ...], *
     if own:
         _register()
         settings.quant_method = f"{_METHOD}-{8 if wanted.format == 'int8' else 4}"
+        settings.tables, settings.tables_dtype = wanted.tables, dtype
     return settings
 
 
@@ -228,6 +249,8 @@ def _register() -> None:
         def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
             (name, given), = input_dict.items()
             W = given[0] if isinstance(given, list) else given
+            if packed_table(model, name) is not None:
+                return {name: packed_from(W)}
             module = model.get_submodule(name.rpartition(".")[0])
             if issubclass(module.source_cls, Conv1D):
                 W = W.t().contiguous()
@@ -244,5 +267,21 @@ def _register() -> None:
                 compress_statistics=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type)}
 
     for bits, theirs in ((4, Bnb4BitHfQuantizer), (8, Bnb8BitHfQuantizer)):
-        ours = type(theirs.__name__, (theirs,), {"get_quantize_ops": lambda self: Pack(self)})
+        ours = type(theirs.__name__, (_WithTables, theirs), {"get_quantize_ops": lambda self: Pack(self)})
         register_quantizer(f"{_METHOD}-{bits}")(ours)
+
+
+class _WithTables:
+    """What tables in 8 bits add to a quantizer of transformers."""
+
+    quantization_config: Any
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super()._process_model_before_weight_loading(model, *args, **kwargs)  # type: ignore[misc]
+        if self.quantization_config.tables != "none":
+            place_tables(model, self.quantization_config.tables_dtype)
+        return found
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return packed_table(model, param_name) is not None or bool(
+            super().param_needs_quantization(model, param_name, **kwargs))  # type: ignore[misc]

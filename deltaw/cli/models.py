@@ -30,6 +30,8 @@ class ModelOptions:
     """Store the base's linear layers in 4 or 8 bits while it is loaded: nf4, fp4 or int8."""
     double_quant: bool = True
     """With nf4 and fp4, pack the scales of the blocks too."""
+    quantize_tables: Literal["none", "int8"] = "none"
+    """With quantize, store the embedding and the output layer too: int8, one scale for each row."""
     any_base: bool = False
     """Use the adapter although it was made for another base of the same shapes."""
 
@@ -109,7 +111,7 @@ def open_model(options: ModelOptions, adapters: Mapping[str, Adapter | SavedBase
     device = bases.chosen_device(options.device)
     base = bases.load_base(source, task=task, dtype=options.dtype, labels=labels, device=device,
                            quantize=None if options.quantize == "none" else options.quantize,
-                           double_quant=options.double_quant)
+                           double_quant=options.double_quant, quantize_tables=options.quantize_tables)
     opened = Opened(options, base)
     for name, adapter in adapters.items():
         opened.add(name, adapter)

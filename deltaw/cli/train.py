@@ -98,6 +98,7 @@ def next_commands(config: TrainConfig) -> list[str]:
     if config.method != "lora":
         return [asks]
     stored = "" if config.quantize in (None, "none") else f" --quantize {config.quantize}"
+    stored += "" if config.quantize_tables == "none" else f" --quantize-tables {config.quantize_tables}"
     return [asks, f"deltaw chat --adapter {adapter}",
             f"deltaw serve --model {quote(config.model)} --adapters {adapter}{stored}",
             f"deltaw merge --model {quote(config.model)} --adapter {adapter} --out {merged}"]

@@ -45,6 +45,7 @@ def judge(run: Run, config: TrainConfig, tuned_folder: Path, labels: list[str] |
     if base is None:
         base = bases.load_base(config.model, task=config.task, dtype=config.dtype, labels=labels,
                                device=config.chosen_device(), double_quant=config.double_quant,
+                               quantize_tables=config.quantize_tables,
                                quantize=None if config.quantize == "none" else config.quantize)
     held = examples_for(config, base) if held_out else None
     tuned = baselines.load(tuned_folder, base.model)

@@ -16,6 +16,7 @@ import ctypes
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,8 @@ from deltaw.core import unpacking_gpu
 
 STRIP = 1 << 22
 """Most numbers in a strip: 16 MB in float32."""
+GPU_STRIP = 1 << 25
+"""The same of a table in 8 bits on a GPU, where each strip is a few launches."""
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -47,6 +50,27 @@ class Workspace(threading.local):
         if self.memory is None or self.memory.dtype != dtype or self.memory.numel() < count:
             self.memory = torch.empty(count, dtype=dtype)
         return self.memory[:count].view(rows, columns)
+
+
+class Int8Rows(nn.Parameter):
+    """The codes (V, I) of a table in 8 bits, with each row's largest number: W = codes · absmax / 127 (`tables`)."""
+
+    absmax: Tensor
+    """(V,), float32."""
+    dense: weakref.ref[Tensor] | None
+    """W unpacked, while somebody holds it."""
+
+    def __new__(cls, codes: Tensor, absmax: Tensor) -> Int8Rows:
+        """A frozen parameter over these codes."""
+        made = super().__new__(cls, codes, requires_grad=False)
+        made.absmax, made.dense = absmax, None
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Rows:
+        if id(self) not in memo:
+            memo[id(self)] = Int8Rows(self.data.clone(), self.absmax.clone())
+        found: Int8Rows = memo[id(self)]
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,20 +116,26 @@ class Packed:
         """W's rows in turn, each strip with the slice that it is of W; it is overwritten by the next one."""
         count, columns = self.shape
         write = self._writer(dtype)
-        if write is None:
+        on_gpu = self.codes.device.type != "cpu"
+        if write is None and not (on_gpu and self.kind == "int8"):
             yield slice(0, count), self.dense(dtype)
             return
-        size = self._rows_of_a_strip()
+        size = rows_of_a_strip(count, columns, on_gpu=on_gpu)
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
+            if write is None:  # torch's allocator hands the last strip's memory out again
+                yield rows, self.codes[rows].to(dtype).mul_(self.absmax[rows].unsqueeze(1).mul(1.0 / 127.0))
+                continue
             strip_RI = workspace.take(rows.stop - rows.start, columns, dtype)
             write(rows, strip_RI)
             yield rows, strip_RI
 
-    def _rows_of_a_strip(self) -> int:
-        """Rows in each strip but the last: strips of about the same size."""
-        count, columns = self.shape
-        return max(1, math.ceil(count / math.ceil(count * columns / STRIP)))
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows (..., I) of W at these places (...), of an int8 weight."""
+        flat = ids.reshape(-1)
+        codes = self.codes.index_select(0, flat).to(dtype)
+        found = codes.mul_(self.absmax.index_select(0, flat).unsqueeze(1).mul(1.0 / 127.0))
+        return found.view(*ids.shape, self.shape[1])
 
     def _writer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], None] | None:
         """What writes some rows of W into a tensor, or None where only bitsandbytes' own function knows how."""
@@ -133,9 +163,16 @@ class Packed:
         return write_4bit
 
 
+def rows_of_a_strip(count: int, columns: int, *, on_gpu: bool = False) -> int:
+    """Rows in each strip but the last of a weight (count, columns): strips of about the same size."""
+    return max(1, math.ceil(count / math.ceil(count * columns / (GPU_STRIP if on_gpu else STRIP))))
+
+
 def packed_weight(host: nn.Module) -> Packed | None:
-    """The weight of a linear layer that bitsandbytes has quantized; None for any other layer."""
+    """The weight of a linear layer that bitsandbytes or `tables` has packed; None for any other layer."""
     weight = host._parameters.get("weight")
+    if isinstance(weight, Int8Rows):
+        return packed_tensor(weight)
     library = sys.modules.get("bitsandbytes")  # not imported: then nothing is packed by it
     if library is None or weight is None or weight.is_floating_point():
         return None
@@ -147,7 +184,9 @@ def packed_weight(host: nn.Module) -> Packed | None:
 
 
 def packed_tensor(weight: Tensor) -> Packed | None:
-    """A parameter that bitsandbytes has quantized; None for any other, and where its scales are not with it."""
+    """A quantized parameter, bitsandbytes' or a table's; None for any other, and where its scales are not with it."""
+    if isinstance(weight, Int8Rows):
+        return None if weight.is_meta else _packed_8bit(weight, weight.absmax)
     library = sys.modules.get("bitsandbytes")
     if library is None or weight.is_floating_point():
         return None

@@ -16,7 +16,7 @@ from torch import nn
 
 from deltaw.core.config import ALL_LINEAR, LoraConfig
 from deltaw.core.geometry import Geometry
-from deltaw.core.packed import holds_codes
+from deltaw.core.packed import Int8Rows, holds_codes
 from deltaw.errors import Fault, TargetError, near
 from deltaw.inject.narrow import (
     check_dropout,
@@ -172,6 +172,10 @@ def _saved_modules(config: LoraConfig, model: nn.Module, sites: SiteMap, faults:
             faults.append(Fault("modules_to_save", f"'{pattern}' matches no module", "a module's name",
                                 near(pattern, suffixes(sites.modules))))
         found.extend(matches)
+        faults += [Fault("modules_to_save", f"'{name}' holds a table in 8 bits, which has no gradient",
+                         "a module in 16 or 32 bits", "Load the base without quantize_tables, or name it in "
+                         "target_modules, for a low-rank change beside it") for name in matches
+                   if any(isinstance(p, Int8Rows) for p in sites.modules[name].parameters())]
     if config.task_type == "SEQ_CLS" and not config.modules_to_save:
         body = _body_prefix(model, sites)
         found = [n for n, m in sites.modules.items()

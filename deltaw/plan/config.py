@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from deltaw.core.config import LoraConfig
+from deltaw.core.formats import tables_alone
 from deltaw.errors import ConfigError, Fault, near
 
 Method = Literal["full", "bitfit", "preembed", "prelayer", "adapter-h", "adapter-l", "adapter-p", "lora", "qlora"]
@@ -63,6 +64,8 @@ class PlanConfig:
     """Format of the frozen base of qlora."""
     double_quant: bool = True
     """For nf4 and fp4: pack the scales of the blocks too (4.13 instead of 4.5 bits a number)."""
+    quantize_tables: Literal["none", "int8"] = "none"
+    """For qlora: store the embedding and the output layer too, in int8 with one scale for each row."""
     adapters: int = 1
     """Adapters that are trained, or kept ready, over one base."""
     rows: int | None = None
@@ -151,6 +154,7 @@ def _faults(config: PlanConfig) -> list[Fault]:
 
     choices = {"task": ("causal-lm", "seq-cls"), "packing": ("auto", "off"), "optimizer": ("adamw", "adamw8bit"),
                "gradient_checkpointing": ("off", "layer", "attention"), "quantize": QUANTIZATIONS,
+               "quantize_tables": ("none", "int8"),
                "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32")}
     for name, words in choices.items():
         value = getattr(config, name)
@@ -175,6 +179,8 @@ def _faults(config: PlanConfig) -> list[Fault]:
     check(isinstance(share, (int, float)) and 0 < share <= 1, "supervised", "0 < share <= 1")
     check(isinstance(config.epochs, (int, float)) and 0 < config.epochs < math.inf, "epochs", "a number above 0")
     check(isinstance(config.lora, (LoraConfig, Mapping)), "lora", "a LoraConfig")
+    alone = tables_alone("PlanConfig.quantize_tables", config.quantize, config.quantize_tables)
+    found += [alone] if alone is not None else []
     if config.memory is not None:
         found.extend(_memory_faults(config.memory))
     return found

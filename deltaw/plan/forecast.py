@@ -129,13 +129,15 @@ class Forecast:
         setting, config = self.setting, self.setting.config
         shapes, inside, base = setting.shapes, self.method in ("full", "bitfit"), setting.network
         vocabulary, width = base.vocabulary, base.dims.width
+        packs = self.method == "qlora" and setting.packed is None and config.quantize_tables != "none"
         return Sizes(
             weights=base.weights, matrices=base.matrices, largest=base.largest_matrix,
             largest_tensor=base.largest_tensor, vocabulary=vocabulary, width=width,
             trained=self.trained(rank), drawn=self.drawn(rank), trained_width=setting.item if inside else 4,
             inside=inside,
             trained_head=vocabulary * width if self.method == "full" and config.task == "causal-lm" else 0,
-            packed=setting.packed, stored=shapes.stored_bytes, recast=shapes.stored_dtype not in (None, setting.dtype))
+            packed=setting.packed, tables=base.tables if packs else 0, table_rows=base.table_rows if packs else 0,
+            stored=shapes.stored_bytes, recast=shapes.stored_dtype not in (None, setting.dtype))
 
     def kept(self, at: At) -> float:
         """Bytes of activations when the forward is done."""

@@ -28,6 +28,10 @@ class Network:
     largest_matrix: int
     largest_tensor: int
     """Values of the base's largest tensor."""
+    tables: int
+    """Values of the vocabulary's tables: the input embedding, and a language model's output layer if it is not tied."""
+    table_rows: int
+    """Rows of those."""
     head: int
     """Values of a classifier's head."""
     biases: int

@@ -10,6 +10,7 @@ and goes, set on measured runs (`benchmarks/plan_accuracy.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,6 +24,8 @@ PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activati
 
 STRIP = 1 << 22
 """Values of a packed weight that a CPU unpacks at once; as in `deltaw.core.packed`, which imports torch."""
+GPU_STRIP = 1 << 25
+"""The same of a table in 8 bits on a GPU."""
 FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
 FRAMEWORK_MERGE = 400 << 20
@@ -98,6 +101,10 @@ class Sizes:
     """Whether its weights on disk have another format than the one it is computed in."""
     packed: float | None = None
     """Bytes of its linear layers where its files hold them quantized."""
+    tables: int = 0
+    """Values of the vocabulary's tables where they are packed into 8 bits too."""
+    table_rows: int = 0
+    """Rows of those, each with a float32 scale."""
 
 
 def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *, gpu: bool) -> tuple[float, float]:
@@ -109,7 +116,9 @@ def base_weights(sizes: Sizes, config: PlanConfig, method: Method, item: int, *,
     if packed is None:
         return sizes.weights, 0.0
     buffer = sizes.largest if gpu else min(sizes.largest, STRIP)
-    return sizes.weights - sizes.matrices * item + packed, buffer * item
+    tables = sizes.tables * (1 - item) + 4 * sizes.table_rows
+    buffer += min(sizes.tables, GPU_STRIP if gpu else STRIP)
+    return sizes.weights - sizes.matrices * item + packed + tables, buffer * item
 
 
 def packed_bytes(sizes: Sizes, config: PlanConfig, method: Method) -> float | None:
@@ -127,15 +136,24 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     """Bytes of a stretch's logits and of what is computed from them."""
     if config.task != "causal-lm":
         return 0.0
-    rows = stretch_of(config.supervised_tokens(batch, length), sizes.vocabulary)
-    values = rows * sizes.vocabulary
+    rows, vocabulary = stretch(sizes, config, batch, length, gpu=gpu)
+    values = rows * vocabulary
     # log p takes the place of the logits, or is computed beside them: of a few rows, on a GPU of all.
     buffers = values * (item if item >= 4 or not gpu else item + 4)
     if not learns:
         return buffers
     hidden = batch * length * config.supervised * sizes.width * item
     trained = 2 * sizes.trained_head * item + (2 * values * max(item, 4) if sizes.trained_head else 0)
-    return buffers + hidden + trained
+    strips = rows * sizes.width * (4 + item + 4) if sizes.tables else 0  # a sum in float32, a strip's part, W_t
+    return buffers + hidden + trained + strips
+
+
+def stretch(sizes: Sizes, config: PlanConfig, batch: int, length: int, *, gpu: bool = False) -> tuple[int, int]:
+    """Tokens whose logits exist at once, and for how much of the vocabulary: of packed tables for a strip."""
+    words = sizes.vocabulary
+    if sizes.tables:
+        words = math.ceil(words / math.ceil(words * sizes.width / (GPU_STRIP if gpu else STRIP)))
+    return stretch_of(config.supervised_tokens(batch, length), words), words
 
 
 def state_bytes(sizes: Sizes, config: PlanConfig) -> float:

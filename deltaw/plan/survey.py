@@ -11,6 +11,7 @@ from torch import nn
 
 from deltaw.bases.heads import head_modules
 from deltaw.bases.quantize import linear_layers, stored_quantization
+from deltaw.bases.tables import table_sizes
 from deltaw.bases.unpacked import UNPACKED
 from deltaw.inject import Target, factors_as_drawn
 from deltaw.plan import counts
@@ -35,10 +36,12 @@ class Survey:
         """What it weighs."""
         model, config, task = self.model, self.shapes.config, self.shapes.task
         matrices, method = _matrices(model), stored_quantization(config)
+        tables, table_rows = table_sizes(model)
         return Network(
             values=counts.full(model), matrices=sum(matrices), largest_matrix=max(matrices),
             weights=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
             largest_tensor=max(t.numel() for t in model.parameters()), head=counts.heads(model, task),
+            tables=tables, table_rows=table_rows,
             biases=counts.bitfit(model, task), vocabulary=int(config.get_text_config().vocab_size),
             positions=self.shapes.positions, quantized=None if method in UNPACKED else method,
             stated_item=2 if config.dtype is None else config.dtype.itemsize,

@@ -14,11 +14,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from deltaw.core.stretches import stretch_of
 from deltaw.plan.config import PlanConfig
 from deltaw.plan.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, Device
 from deltaw.plan.found import Work
 from deltaw.plan.memory import Sizes, state_bytes
+from deltaw.plan.memory import stretch as stretch_at_once
 
 if TYPE_CHECKING:
     from deltaw.plan.calibrate import Rates
@@ -43,7 +43,7 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     if config.task != "causal-lm":
         return body
     rows = config.supervised_tokens(batch, length)
-    stretch = stretch_of(rows, sizes.vocabulary)
+    stretch, _ = stretch_at_once(sizes, config, batch, length)
     head = Work()
     products = 3 if sizes.trained_head else 2
     head.products[1, stretch, sizes.vocabulary, sizes.width] = 1
@@ -79,9 +79,14 @@ def unpacking_seconds(sizes: Sizes, packed: float, config: PlanConfig, item: int
                       rates: Rates | None) -> float:
     """Unpacking `packed` bytes: in the forward, in the backward, and where layers are computed again once more."""
     times = 3 if config.gradient_checkpointing == "layer" else 2
+    # The embedding unpacks single rows; the loss unpacks the output layer once for all tokens of a stretch.
+    words = sizes.vocabulary * sizes.width if sizes.tables and config.task == "causal-lm" else 0
+    tokens = config.supervised_tokens(config.batch_size, config.max_length)
+    passes = math.ceil(tokens / stretch_at_once(sizes, config, config.batch_size, config.max_length)[0])
+    values = times * sizes.matrices + passes * words
     if rates is not None:
-        return times * sizes.matrices / rates.unpack if rates.unpack else 0.0
-    return times * (sizes.matrices * item + packed) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
+        return values / rates.unpack if rates.unpack else 0.0
+    return (values * item + times * packed + passes * words) / (device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
 
 def optimizer_seconds(sizes: Sizes, config: PlanConfig, device: Device, rates: Rates | None, *,

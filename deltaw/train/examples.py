@@ -161,7 +161,8 @@ def _load_base(config: TrainConfig, device: str, labels: Sequence[str] | None = 
     dtype = "fp32" if config.dtype == "auto" and config.method in _TRAIN_THE_BASE else config.dtype
     quantize = None if config.quantize == "none" else config.quantize
     return bases.load_base(config.model, task=config.task, dtype=dtype, labels=labels, device=device,
-                           quantize=quantize, double_quant=config.double_quant)
+                           quantize=quantize, double_quant=config.double_quant,
+                           quantize_tables=config.quantize_tables)
 
 
 def examples_for(config: TrainConfig, base: bases.Base) -> Examples:

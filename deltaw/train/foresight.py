@@ -41,6 +41,7 @@ def check_weights(config: TrainConfig) -> None:
     asked = PlanConfig(model=config.model, task=config.task, dtype=config.dtype, device=_device(config),
                        methods=("lora" if config.quantize == "none" else "qlora",),
                        quantize="nf4" if config.quantize == "none" else config.quantize,
+                       quantize_tables=config.quantize_tables,
                        resident=resident_memory() or None)
     try:
         memory, device = loading(asked)
@@ -125,6 +126,7 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
         model=str(base.folder or config.model), task=config.task, lora=config.lora,
         num_labels=len(labels) if labels else 2, methods=(planned_as(config, held),),
         quantize="nf4" if held is None else held.format, double_quant=held is None or held.double_quant,
+        quantize_tables="none" if held is None else held.tables,
         batch_size=longest[0], max_length=longest[1], supervised=min(1.0, max(share, 1e-6)),
         grad_accumulation=config.grad_accumulation, packing=config.packing,
         gradient_checkpointing=config.gradient_checkpointing, release_memory=config.release_memory,

@@ -19,8 +19,8 @@ from deltaw.train.examples import Examples, examples_for, load_base, open_base
 from deltaw.train.job import Job
 from deltaw.train.run import check_folder
 
-SHARED = ("model", "task", "device", "dtype", "quantize", "double_quant", "gradient_checkpointing", "threads",
-          "packing")
+SHARED = ("model", "task", "device", "dtype", "quantize", "double_quant", "quantize_tables", "gradient_checkpointing",
+          "threads", "packing")
 """Fields that belong to the base, and so to all jobs alike."""
 _OF_DATA = ("data", "cache_data", "valid", "columns", "max_length", "train_on", "task", "eval_rows", "model")
 

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.baselines.layout import prompt_ends
+from deltaw.core.tables import PackedHead
 from deltaw.errors import BaseModelError, Fault
-from deltaw.train.cross_entropy import OutputLayer, Terms, as_is, token_loss, token_losses
+from deltaw.train.cross_entropy import OutputLayer, as_is, token_loss, token_losses
+from deltaw.train.terms import Terms
 
 IGNORED = -100
 """The label of a position that is not learned from."""
@@ -96,7 +98,7 @@ class CausalLoss:
         inputs, where, targets_N = _positions(batch)
         known = self._layers.get(model)
         # A quantized layer may not take an empty input.
-        rows = _PROBE if known is None else 0 if type(head) is nn.Linear else 1
+        rows = _PROBE if known is None else 0 if type(head) in (nn.Linear, PackedHead) else 1
         seen: list[Tensor] = []
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -31,7 +31,6 @@ from deltaw.switch import attach
 from deltaw.train.announce import announce, say
 from deltaw.train.checkpoint import Checkpoints, check_same_run, identity, put_tensors
 from deltaw.train.config import TrainConfig
-from deltaw.train.cross_entropy import Terms
 from deltaw.train.decoding import device_of
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
@@ -47,6 +46,7 @@ from deltaw.train.record import facts, improvement, site_rows, versions
 from deltaw.train.result import Answer, TrainResult
 from deltaw.train.state import Batches, Pace, State
 from deltaw.train.summary import print_summary
+from deltaw.train.terms import Terms
 from deltaw.train.tuning import Attached, LoraTuning
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}

@@ -40,6 +40,7 @@ TRAIN: dict[str, tuple[str, Any]] = {
     "optimizer": ("adamw8bit", "adamw8bit"), "loraplus_lr_ratio": ("16", 16.0), "freeze_a": ("", True),
     "label_smoothing": ("0.1", 0.1), "z_loss": ("1e-4", 1e-4), "gradient_checkpointing": ("attention", "attention"),
     "quantize": ("fp4", "fp4"), "double_quant": ("no-", False), "plan": ("warn", "warn"),
+    "quantize_tables": ("int8", "int8"),
     "release_memory": ("", True),
     "threads": ("2", 2), "seed": ("7", 7), "eval_every": ("11", 11),
     "eval_rows": ("none", None), "metrics": ("accuracy,f1", ("accuracy", "f1")), "max_new_tokens": ("12", 12),
@@ -66,6 +67,7 @@ BASELINE: dict[str, tuple[str, Any]] = {
 EVAL: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp16", "fp16"),
     "quantize": ("int8", "int8"), "double_quant": ("no-", False), "any_base": ("", True),
+    "quantize_tables": ("int8", "int8"),
     "data": ("d", "d"), "adapter": ("a", "a"), "split": ("valid", "valid"), "columns": ("text=t", {"text": "t"}),
     "metrics": ("f1", ("f1",)), "max_length": ("9", 9), "train_on": ("all", "all"), "eval_rows": ("none", None),
     "batch_size": ("2", 2), "max_new_tokens": ("3", 3), "threads": ("1", 1), "labels": ("no,yes", ("no", "yes")),
@@ -73,6 +75,7 @@ EVAL: dict[str, tuple[str, Any]] = {
 GENERATE: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("bf16", "bf16"),
     "quantize": ("int8", "int8"), "double_quant": ("no-", False), "any_base": ("", True),
+    "quantize_tables": ("int8", "int8"),
     "adapter": ("a", "a"), "system": ("Be brief.", "Be brief."), "template": ("none", "none"), "compare": ("", True),
 }
 SAMPLING: dict[str, tuple[str, Any]] = {
@@ -83,6 +86,7 @@ SAMPLING: dict[str, tuple[str, Any]] = {
 ANALYSE: dict[str, tuple[str, Any]] = {
     "model": ("b", "b"), "device": ("cpu", "cpu"), "dtype": ("fp32", "fp32"),
     "quantize": ("int8", "int8"), "double_quant": ("no-", False), "any_base": ("", True),
+    "quantize_tables": ("int8", "int8"),
     "data": ("d.jsonl", "d.jsonl"), "eval_rows": ("7", 7), "max_length": ("64", 64),
     "sites": ("a.q,a.v", ("a.q", "a.v")), "top": ("5", 5), "epsilon": ("0.4", 0.4), "seed": ("3", 3),
     "out": ("page.html", "page.html"),
@@ -106,14 +110,18 @@ def written(field: str, text: str) -> list[str]:
     return [option] if not text else [f"--{text}{option[2:]}"] if text == "no-" else [f"{option}={text}"]
 
 
+_NEEDED = {"keep_best": ["--metrics", "accuracy"], "quantize_tables": ["--quantize", "nf4"]}
+"""What an option is refused without."""
+
+
 @pytest.mark.parametrize(("field", "text", "value"), [(f, *pair) for f, pair in TRAIN.items()])
 def test_each_field_of_a_run(field: str, text: str, value: Any) -> None:
-    more = ["--metrics", "accuracy"] if field == "keep_best" else []
+    more = _NEEDED.get(field, [])
     config = train_verb.config_of(train_verb.parser().parse([*REQUIRED, *more, *written(field, text)]))
     untouched = TrainConfig(model="m", data="d", out="o")
     assert getattr(config, field) == value != getattr(untouched, field)
     for other in fields(TrainConfig):
-        if other.name not in (field, "metrics"):
+        if other.name != field and option_name(other.name) not in more:
             assert getattr(config, other.name) == getattr(untouched, other.name)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import deltaw
 from deltaw import LoraConfig
 from deltaw.core import stretches
-from deltaw.train.cross_entropy import OutputLayer, Terms, token_loss
+from deltaw.train.cross_entropy import OutputLayer, token_loss
+from deltaw.train.terms import Terms
 from tests.device import DEVICE, randint, randn
 from tests.laws.dense import fill
 

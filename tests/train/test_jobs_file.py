@@ -60,13 +60,14 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
 
 
 def test_how_the_base_is_quantized_belongs_to_the_base_and_to_jobs_that_join(tmp_path: Path) -> None:
-    text = GOOD.replace("dtype: fp32", "dtype: fp32, quantize: nf4, double_quant: false")
+    text = GOOD.replace("dtype: fp32", "dtype: fp32, quantize: nf4, double_quant: false, quantize_tables: int8")
     found = read_jobs(write(tmp_path, text))
-    assert {(job.config.quantize, job.config.double_quant) for job in found.jobs} == {("nf4", False)}
+    assert {(job.config.quantize, job.config.double_quant, job.config.quantize_tables) for job in found.jobs} == {
+        ("nf4", False, "int8")}
     more = {"datasets": [{"name": "d", "data": "x"}], "adapters": [{"name": "c"}],
             "tasks": [{"adapter": "c", "dataset": "d", "out": "c"}]}
     joining = read_jobs(write(tmp_path, json.dumps(more), "more.yaml"), base=found.jobs[0].config).jobs[0].config
-    assert (joining.quantize, joining.double_quant) == ("nf4", False)
+    assert (joining.quantize, joining.double_quant, joining.quantize_tables) == ("nf4", False, "int8")
 
 
 def test_json_is_read_too(tmp_path: Path) -> None:
