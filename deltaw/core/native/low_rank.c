@@ -11,65 +11,10 @@
 #include "layout.h"
 #include "factors.h"
 #include "panels.h"
+#include "job.h"
+#include "targets.h"
 
 #include <omp.h>
-#include <stdlib.h>
-
-enum { CHUNK = 256, COLUMNS = 64,       /* tokens, or columns of gradients, that are a task at most */
-       LEAST = 48, MOST = 512 };        /* tokens of a panel's task */
-
-typedef struct {
-    int64_t which, rank;                /* the projection */
-    const void *A, *B;                  /* (R, I), (O, R) */
-    float *dA, *dB;
-    double scale;
-} Part;
-
-typedef struct {
-    int64_t start, stop, first, parts;  /* tokens, and which parts */
-} Segment;
-
-typedef struct {
-    const half *W, *b;                  /* W may be none, and is in y and dx already then; b may be none */
-    int64_t by_output, by_input;        /* strides */
-} Frozen;
-
-typedef struct {
-    int64_t tokens, segments, projections, threads;
-    int64_t wide, onto_dx;              /* whether factors are float32; whether dx has numbers to add to */
-    const Segment *segment;
-    const Part *part;
-    const Frozen *frozen;
-    Rows x, dx, h;                      /* h has room for the widest segment, in whole 32 columns; dx may be none */
-    const Rows *y;                      /* of each projection: y forward, g backward, which may be none */
-} Job;
-
-static long columns_of(const Job *job, const Segment *s)
-{
-    long sum = 0;
-    for (long i = 0; i < s->parts; i++) sum += EVEN(job->part[s->first + i].rank);
-    return sum;
-}
-
-typedef struct {
-    const Segment *segment;
-    long start, stop;           /* tokens */
-} Task;
-
-/* Segments in pieces of like size, several for each thread. */
-static Task *tasks_of(const Job *job, long *count)
-{
-    long tokens = 0, most = 0;
-    for (long s = 0; s < job->segments; s++) tokens += job->segment[s].stop - job->segment[s].start;
-    const long size = MAX(64, MIN(CHUNK, UP(tokens / (3 * job->threads) + 1, 16)));
-    for (long s = 0; s < job->segments; s++) most += UP(job->segment[s].stop - job->segment[s].start, size) / size;
-    Task *task = malloc(MAX(most, 1) * sizeof(Task));
-    *count = 0;
-    for (long s = 0; task && s < job->segments; s++)
-        for (long t = job->segment[s].start; t < job->segment[s].stop; t += size)
-            task[(*count)++] = (Task){job->segment + s, t, MIN(t + size, job->segment[s].stop)};
-    return task;
-}
 
 /* Bytes of a thread's buffers: a panel or a factor of the widest layer, paired, and the sums of a task. */
 static size_t buffer_size(const Job *job, size_t *at_sums)
@@ -127,37 +72,6 @@ static void write_dh_of(const Job *job, const Task *task, pair *factor, float *s
     transposed(job->h.data + task->start * stride, stride, count, UP(W, 32), h_t, wide);
 }
 
-typedef struct {
-    long which, start, stop, column, width;     /* the projection, of y; tokens and columns */
-} Piece;
-
-/* Rows of `tokens` in pieces: a panel of columns each, and so many tokens that every thread has several. */
-static void pieces_of(const Job *job, long which, long width, long panels, Piece *piece, long *count)
-{
-    const long ranges = MAX((job->tokens + MOST - 1) / MOST, (8 * job->threads + panels - 1) / panels);
-    const long size = MIN(MOST, MAX(LEAST, UP((job->tokens + ranges - 1) / ranges, ROWS)));
-    for (long column = 0; column < width; column += PANEL)
-        for (long start = 0; start < job->tokens; start += size, ++*count)
-            if (piece)
-                piece[*count] = (Piece){which, start, MIN(start + size, job->tokens), column, MIN(PANEL, width - column)};
-}
-
-/* All pieces of every y, or of dx. */
-static Piece *all_pieces(const Job *job, bool backward, long *count)
-{
-    Piece *piece = NULL;
-    long panels = 0;
-    for (long i = 0; i < job->projections; i++) panels += UP(job->y[i].width, PANEL) / PANEL;
-    for (int pass = 0; pass < 2; pass++) {
-        *count = 0;
-        if (backward && job->dx.data) pieces_of(job, 0, job->dx.width, UP(job->dx.width, PANEL) / PANEL, piece, count);
-        for (long i = 0; !backward && i < job->projections; i++)
-            pieces_of(job, i, job->y[i].width, panels, piece, count);
-        if (!pass && !(piece = malloc(MAX(*count, 1) * sizeof(Piece)))) break;
-    }
-    return piece;
-}
-
 /* The tokens that a segment and a piece have in common. */
 INLINE bool common(const Segment *s, const Piece *piece, long *start, long *stop)
 {
@@ -212,90 +126,6 @@ static void write_dx(const Job *job, const Piece *piece, const half *dh, pair *p
                 sums + (a - piece->start) * PANEL, PANEL, true);
     }
     write_sums(sums, NULL, job->dx, piece->start, piece->stop, piece->column, piece->width);
-}
-
-/* Some columns of dA of all parts: rows of h's columns, from x. */
-static void write_dA(const Job *job, const Segment *segment, const float *sums, long ld, long column)
-{
-    const Part *end = job->part + segment->first + segment->parts, *p;
-    for (p = end - segment->parts; p < end; sums += EVEN(p->rank) * ld, p++)
-        for (long r = 0; r < p->rank && job->y[p->which].data; r++)
-            for (long i = 0; i < ld; i += 16)
-                _mm512_storeu_ps(p->dA + r * job->x.width + column + i, _mm512_loadu_ps(sums + r * ld + i));
-}
-
-/* Some rows of dB of one part, from their transpose. */
-static void write_dB(const Part *p, const float *sums, long ld, long column)
-{
-    __m512i rows[16];
-    for (long i = 0; i < ld; i += 16)
-        for (long r = 0; r < p->rank; r += 16) {
-            for (long k = 0; k < 16; k++)
-                rows[k] = r + k < p->rank ? _mm512_loadu_si512(sums + (r + k) * ld + i) : _mm512_setzero_si512();
-            transpose(rows);
-            for (long k = 0; k < 16; k++)
-                _mm512_mask_storeu_ps(p->dB + (column + i + k) * p->rank + r, first(p->rank - r), (__m512)rows[k]);
-        }
-}
-
-/* Some columns of what the transposed h (rows, tokens) makes of x or g: their product, in `sums`. */
-static void gradient(const Segment *segment, Rows of, long column, long width, const half *h_t, long wide, long rows,
-                     pair *neighbours, float *sums)
-{
-    const long tokens = segment->stop - segment->start;
-    for (long t = 0; t < tokens; t += BLOCK) {
-        const long count = MIN(BLOCK, tokens - t);
-        paired(of.data + (segment->start + t) * of.stride + column, of.stride, count, width, neighbours);
-        product(rows, width / 16, UP(count, 16) / 2, h_t + t, wide, neighbours, width, sums, width, t > 0);
-    }
-}
-
-typedef struct {
-    const Segment *segment;
-    const Part *part;           /* whose dB, or none for dA of all */
-    long place, at, column;     /* of the segment's tokens and of the part's columns in the transposed h */
-} Target;
-
-static Target *targets_of(const Job *job, long *count, long *wide)
-{
-    long most = 0;
-    for (long s = 0; s < job->segments; s++) {
-        most += UP(job->x.width, COLUMNS) / COLUMNS;
-        for (long i = 0; i < job->segment[s].parts; i++)
-            most += UP(job->y[job->part[job->segment[s].first + i].which].width, COLUMNS) / COLUMNS;
-    }
-    Target *target = malloc(MAX(most, 1) * sizeof(Target));
-    *count = *wide = 0;
-    for (const Segment *s = job->segment; target && s < job->segment + job->segments; s++) {
-        for (long column = 0; column < job->x.width; column += COLUMNS)
-            target[(*count)++] = (Target){s, NULL, *wide, 0, column};
-        const Part *p = job->part + s->first;
-        for (long i = 0, at = 0; i < s->parts; i++, at += EVEN(p->rank), p++)
-            for (long column = 0; job->y[p->which].data && column < job->y[p->which].width; column += COLUMNS)
-                target[(*count)++] = (Target){s, p, *wide, at, column};
-        *wide += UP(s->stop - s->start, 16);
-    }
-    return target;
-}
-
-static long place_of(const Job *job, const Task *task)
-{
-    long place = task->start - task->segment->start;
-    for (const Segment *s = job->segment; s < task->segment; s++) place += UP(s->stop - s->start, 16);
-    return place;
-}
-
-/* The columns of a target, from the transposed h and dh. */
-static void write_target(const Job *job, const Target *t, const half *dh_t, const half *h_t, long wide, pair *neighbours,
-                         float *sums)
-{
-    const Rows of = t->part ? job->y[t->part->which] : job->x;
-    const half *left = (t->part ? h_t : dh_t) + t->at * wide + t->place;
-    const long width = MIN(COLUMNS, of.width - t->column);
-    gradient(t->segment, of, t->column, width, left, wide, t->part ? t->part->rank : columns_of(job, t->segment),
-             neighbours, sums);
-    if (t->part) write_dB(t->part, sums, width, t->column);
-    else write_dA(job, t->segment, sums, width, t->column);
 }
 
 /* Write h and every y; whether there was memory for it. */
