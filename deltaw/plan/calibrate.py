@@ -24,6 +24,7 @@ import torch
 
 from deltaw.bases.packed_attention import causal_attention
 from deltaw.bases.packing import pack_4bit
+from deltaw.core.frozen import write_product
 from deltaw.core.home import home
 from deltaw.core.packed import Packed, Workspace
 from deltaw.store.atomic import replace_folder
@@ -62,7 +63,7 @@ class Rates:
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|own attention"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|own attention and products"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 
@@ -125,7 +126,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 def _product(dtype: torch.dtype, rows: int, outputs: int, inner: int) -> float:
     x, W = torch.randn(rows, inner).to(dtype), torch.randn(outputs, inner).to(dtype)
-    return 2.0 * rows * outputs * inner / seconds(lambda: x @ W.t())
+    y = x.new_empty(rows, outputs)
+    return 2.0 * rows * outputs * inner / seconds(lambda: write_product(x, W, None, y))
 
 
 def _attention(dtype: torch.dtype) -> float:
