@@ -63,7 +63,7 @@ class Rates:
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|own attention and products"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|own products"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 

@@ -67,7 +67,7 @@ def test_a_small_network(base_folder: Path, color_rows: Path, tmp_path: Path, mo
 
 def test_a_small_network_in_bfloat16(base_folder: Path, color_rows: Path, tmp_path: Path,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step's few tokens over random weights are at the mercy of rounding, one run a little; the mean of runs is not."""
+    """A step's few tokens over random weights are at the mercy of rounding, a run a little; the mean of runs is not."""
     total, plain, exact = 0.0, 0.0, 0.0
     for seed in range(3):
         config = small(base_folder, color_rows, tmp_path, dtype="bf16", seed=seed)
