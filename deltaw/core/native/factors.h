@@ -12,21 +12,14 @@ INLINE const void *from(const void *factor, bool wide, long at)
 /* 16 numbers of a factor from `at` on, those of them that `some` has. */
 INLINE __m512 numbers(const void *factor, bool wide, long at, __mmask16 some)
 {
-    if (wide) return _mm512_maskz_loadu_ps(some, (const float *)factor + at);
-    const __m256i low = _mm256_maskz_loadu_epi16(some, (const half *)factor + at);
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16);
-}
-
-INLINE __mmask16 first(long count)
-{
-    return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+    return wide ? _mm512_maskz_loadu_ps(some, (const float *)factor + at) : load_some(some, (const half *)factor + at);
 }
 
 /* 32 numbers as bfloat16. */
 INLINE __m512i row_of_32(const void *factor, bool wide, long at, long count)
 {
-    return (__m512i)_mm512_cvtne2ps_pbh(numbers(factor, wide, at + 16, first(count - 16)),
-                                        numbers(factor, wide, at, first(count)));
+    return (__m512i)_mm512_cvtne2ps_pbh(numbers(factor, wide, at + 16, first_of(count - 16)),
+                                        numbers(factor, wide, at, first_of(count)));
 }
 
 /* The paired transpose (width / 2, ld) of a factor (rows, width): its rows become columns, an even number of them. */
@@ -39,7 +32,7 @@ static void pair_rows(const void *factor, bool wide, long rows, long width, pair
                 r[k] = o + k < rows ? row_of_32(factor, wide, (o + k) * width + i, width - i) : _mm512_setzero_si512();
             transpose(r);
             for (long k = 0; k < MIN(16, (width - i + 1) / 2); k++)
-                _mm512_mask_storeu_epi32(out + (i / 2 + k) * ld + o, first(EVEN(rows) - o), r[k]);
+                _mm512_mask_storeu_epi32(out + (i / 2 + k) * ld + o, first_of(EVEN(rows) - o), r[k]);
         }
 }
 
@@ -49,10 +42,10 @@ static void pair_columns(const void *factor, bool wide, long stride, long rows, 
 {
     for (long o = 0; o < rows; o += 2)
         for (long i = 0; i < width; i += 16) {
-            const __mmask16 some = first(width - i);
+            const __mmask16 some = first_of(width - i);
             const __m512 even = numbers(factor, wide, o * stride + i, some);
             const __m512 odd = numbers(factor, wide, (o + 1) * stride + i, o + 1 < rows ? some : 0);
-            _mm512_mask_storeu_epi32(out + o / 2 * ld + i, first(ld - i), interleaved(even, odd));
+            _mm512_mask_storeu_epi32(out + o / 2 * ld + i, first_of(ld - i), interleaved(even, odd));
         }
 }
 
@@ -61,6 +54,6 @@ static void write_h(const float *sums, long ld, long count, long width, float sc
 {
     for (long t = 0; t < count; t++)
         for (long c = 0; c < width; c += 16)
-            _mm256_mask_storeu_epi16(h + t * stride + c, first(width - c), (__m256i)_mm512_cvtneps_pbh(
-                _mm512_mul_ps(_mm512_loadu_ps(sums + t * ld + c), _mm512_set1_ps(scale))));
+            store_some(h + t * stride + c, first_of(width - c),
+                       _mm512_mul_ps(_mm512_loadu_ps(sums + t * ld + c), _mm512_set1_ps(scale)));
 }

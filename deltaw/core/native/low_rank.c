@@ -9,6 +9,7 @@
 
 #include "tile.h"
 #include "layout.h"
+#include "vectors.h"
 #include "factors.h"
 #include "panels.h"
 #include "job.h"

@@ -40,17 +40,12 @@ static void add_product(Rows A, long start, long stop, Weight W, long column, lo
     }
 }
 
-INLINE __m512 widened(const half *x)
-{
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
-}
-
 /* Some columns of rows, as sums. */
 static void read_sums(Rows from, long start, long stop, long column, long width, float *sums)
 {
     for (long t = start; t < stop; t++, sums += PANEL)
         for (long n = 0; n < width; n += 16)
-            _mm512_storeu_ps(sums + n, widened(from.data + t * from.stride + column + n));
+            _mm512_storeu_ps(sums + n, load(from.data + t * from.stride + column + n));
 }
 
 /* Sums as some columns of rows, with what is added to each column, if anything. */
@@ -59,6 +54,6 @@ static void write_sums(const float *sums, const half *bias, Rows to, long start,
     for (long t = start; t < stop; t++, sums += PANEL)
         for (long n = 0; n < width; n += 16) {
             const __m512 sum = _mm512_loadu_ps(sums + n);
-            store(to.data + t * to.stride + column + n, bias ? _mm512_add_ps(sum, widened(bias + column + n)) : sum);
+            store(to.data + t * to.stride + column + n, bias ? _mm512_add_ps(sum, load(bias + column + n)) : sum);
         }
 }

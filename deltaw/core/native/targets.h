@@ -20,7 +20,7 @@ static void write_dB(const Part *p, const float *sums, long ld, long column)
                 rows[k] = r + k < p->rank ? _mm512_loadu_si512(sums + (r + k) * ld + i) : _mm512_setzero_si512();
             transpose(rows);
             for (long k = 0; k < 16; k++)
-                _mm512_mask_storeu_ps(p->dB + (column + i + k) * p->rank + r, first(p->rank - r), (__m512)rows[k]);
+                _mm512_mask_storeu_ps(p->dB + (column + i + k) * p->rank + r, first_of(p->rank - r), (__m512)rows[k]);
         }
 }
 

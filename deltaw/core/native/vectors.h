@@ -16,6 +16,11 @@ INLINE __m512 load_some(__mmask16 some, const half *x)
     return widened(_mm256_maskz_loadu_epi16(some, x));
 }
 
+INLINE __m512 load(const half *x)
+{
+    return widened(_mm256_loadu_si256((const __m256i *)x));
+}
+
 INLINE void store_some(half *to, __mmask16 some, __m512 x)
 {
     _mm256_mask_storeu_epi16(to, some, (__m256i)_mm512_cvtneps_pbh(x));
