@@ -381,7 +381,7 @@ def against_peft(where: Where, data: Path, prepare: Callable[[Path, Path], None]
         print(f"    {tokens:,} tokens, {tokens / steps / 8:.0f} a step of a job; "
               f"ours {spent:.1f} s, peft {theirs:.1f} s", flush=True)
         for side, means in zip(("ours", "peft"), zip(*off, strict=True), strict=False):
-            print(f"    {side}: mean losses beside float32's " + ", ".join(f"{mean:+.2%}" for mean in means), flush=True)
+            print(f"    {side}: mean losses beside float32's " + ", ".join(f"{m:+.2%}" for m in means), flush=True)
     return Case(f"8 adapters on {name}, rows of {rows}", "tok/s", tokens / spent, tokens / theirs, "eight peft runs",
                 3.0, better="higher", equal=equal)
 

@@ -168,7 +168,7 @@ def trl_trainer(batches: list[list[Example]], adapter: Path, dtype: torch.dtype,
 def follows(mine: list[float], its: list[float], exact: list[float]) -> bool:
     """Whether the mean of my losses is within one percent of the rival's, or of float32's and nearer to it.
 
-    The second counts in bfloat16, where a rival whose layers round twice learns less in its first steps than in float32.
+    The second counts in bfloat16, where a rival whose layers round twice learns less in its first steps than it could.
     """
     a, b, c = (statistics.mean(losses) for losses in (mine, its, exact))
     return len(mine) == len(its) and (abs(a - b) <= 0.01 * b or abs(a - c) <= min(0.01 * c, abs(b - c)))
