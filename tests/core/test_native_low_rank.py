@@ -253,3 +253,22 @@ def test_a_compiler_sees_one_operation_for_layers_of_one_input() -> None:
     found = gradients()
     assert sum("low_rank_linear" in target for target in seen) == 4  # q, k, v; o; gate, up; down
     assert max(error(a, b) for a, b in zip(found, right, strict=True)) < 1e-6  # the same products, run as they come
+
+
+@needs_kernel
+def test_a_change_below_a_rounding_of_the_output_is_not_lost() -> None:
+    """What an adapter says in its first steps: added to an output that was rounded before, most of it rounds away."""
+    x, W, whole = randn(4000, INPUTS, seed=0), randn(192, INPUTS, seed=1), part(1, 8, torch.float32)
+    p = Projection(W, None, whole.A.detach(), 2e-3 * whole.B.detach(), whole.scale)
+    change = p.scale * x.double() @ p.A.double().t() @ p.B.double().t()
+    assert change.abs().mean() < 2.0**-10 * (x.double() @ W.double().t()).abs().mean()
+    trained = p._replace(A=p.A.clone().requires_grad_(), B=p.B.clone().requires_grad_())
+
+    def survives(y: Tensor) -> float:
+        return float(((y.detach().double() - x.double() @ W.double().t()) * change).sum() / change.square().sum())
+
+    apart, = reference(x, [p])
+    together, = low_rank_linear(x, [trained])
+    assert together.grad_fn is not None
+    assert abs(survives(together) - 1) < 0.1
+    assert survives(apart) < 0.5
