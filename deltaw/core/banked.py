@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from deltaw.core.batched import Frozen
 from deltaw.core.frozen import output_for
 from deltaw.core.native_low_rank import Packed, Part, Segment, Target
 
-Where = tuple[Place, float, int] | None
-"""Where an adapter lies at a layer, its scale, and the address of its A; None where it has nothing there."""
-
 
 class Slot(Protocol):
     """What is asked of an adapter's slot."""
@@ -30,15 +27,44 @@ class Slot(Protocol):
     scaling: float
 
 
+class Held(NamedTuple):
+    """What an adapter has at a layer, when its entry was made."""
+
+    slot: Slot
+    place: Place
+    scaling: float
+    address: int
+    """Of A."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing moved."""
+        slot, place, scaling, address = self
+        return slot.place is place and slot.scaling == scaling and place.factors[0].data_ptr() == address
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What one adapter changes at the layers of an input."""
 
-    where: Sequence[Where]
+    held: Sequence[Held | None]
     parts: Sequence[Part]
     places: Sequence[Place]
     packed: bytes
     columns: int
+
+    def is_of(self, name: str, slots: Sequence[Mapping[str, Slot]]) -> bool:
+        """Whether it is still what the adapter has in these slots."""
+        if len(slots) != len(self.held):
+            return False
+        for own, held in zip(slots, self.held, strict=True):
+            slot = own.get(name)
+            if held is None:
+                if slot is not None:
+                    return False
+            elif slot is not held.slot or not held.is_current:
+                return False
+        return True
 
     @property
     def is_fresh(self) -> bool:
@@ -58,35 +84,29 @@ class Entries:
 
     def of(self, name: str, slots: Sequence[Mapping[str, Slot]]) -> Entry | None:
         """An adapter's entry at layers with these slots; None where it does not lie in a bank as the kernel wants."""
-        where: list[Where] = []
-        for own in slots:
-            slot = own.get(name)
-            if slot is not None and slot.place is None:
-                return None
-            where.append(None if slot is None or slot.place is None else
-                         (slot.place, slot.scaling, slot.place.factors[0].data_ptr()))
         kept = self._kept.get(name)
-        if kept is None or kept.where != where:
-            made = _entry(where)
-            if made is None:
-                return None
-            self._kept[name] = kept = made
+        if kept is None or not kept.is_of(name, slots):
+            kept = _entry([own.get(name) for own in slots])
+            if kept is not None:
+                self._kept[name] = kept
         return kept
 
 
-def _entry(where: Sequence[Where]) -> Entry | None:
-    found = [(i, *own) for i, own in enumerate(where) if own is not None]
-    if not found:
+def _entry(slots: Sequence[Slot | None]) -> Entry | None:
+    held = [None if slot is None or slot.place is None else
+            Held(slot, slot.place, slot.scaling, slot.place.factors[0].data_ptr()) for slot in slots]
+    found = [(i, own) for i, own in enumerate(held) if own is not None]
+    if not found or len(found) < sum(slot is not None for slot in slots):
         return None
-    places = [place for _, place, *_ in found]
-    parts = [Part(i, *place.factors, scale) for i, place, scale, _ in found]
+    places = [own.place for _, own in found]
+    parts = [Part(i, *own.place.factors, own.scaling) for i, own in found]
     columns = Segment(0, 0, parts).columns
     if columns > native_low_rank.WIDEST or any(t.dtype != torch.float32 for place in places
                                                for t in (*place.factors, *place.gradients)):
         return None
     packed = b"".join(native_low_rank.packed_part(part, Target(*place.gradients))
                       for part, place in zip(parts, places, strict=True))
-    return Entry(where, parts, places, packed, columns)
+    return Entry(held, parts, places, packed, columns)
 
 
 def banked_linear(x: Tensor, layers: Sequence[Frozen], spans: Sequence[tuple[int, int]],

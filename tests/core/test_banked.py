@@ -94,7 +94,7 @@ def test_an_adapter_with_two_spans_gets_both_gradients() -> None:
 
 def test_an_entry_is_kept_until_something_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     own, kept, asked = slots(), Entries(), []
-    monkeypatch.setattr(banked, "_entry", lambda where, make=banked._entry: asked.append(where) or make(where))
+    monkeypatch.setattr(banked, "_entry", lambda slots, make=banked._entry: asked.append(slots) or make(slots))
     first = entries(own, kept)
     assert [id(e) for e in entries(own, kept)] == [id(e) for e in first]
     assert len(asked) == 3

@@ -142,3 +142,23 @@ def test_what_does_not_lie_end_to_end_is_no_row() -> None:
 def test_no_gradient_is_no_length() -> None:
     own = adapter()
     assert float(gradient_norm(adamw(own, learning_rate=0.1), list(own.values()))) == 0.0
+
+
+def test_gradients_that_were_replaced_after_their_norm_are_seen() -> None:
+    """The step after a norm takes rows as they were found; a look at their ends shows others."""
+    own = adapter()
+    other, bank = twin(own), bank_of(own)
+    mine, its = adamw(own, learning_rate=0.01, weight_decay=0.1), reference(other)
+    assert isinstance(mine, RowAdamW)
+    for cleared in (False, True):
+        differentiate(bank, 0, own, other)
+        gradient_norm(mine, list(own.values()))
+        if cleared:
+            mine.zero_grad()
+        for name, p in own.items():
+            p.grad = randn(*p.shape)
+            other[name].grad = p.grad.clone()
+        mine.step()
+        its.step()
+        mine.zero_grad()
+        equal(own, other)
