@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from deltaw.bases import choose_dtype
 MB = 1e6
 Step = Callable[[], float]
 TABLES = "qlora + int8 tables"
+TUNED = ExitStack()
 NAMES = {"0.5b": "qwen", "1b": "llama1b", "7b": "llama7b"}
 CASES = {"cpu": "time-fp32,time-bf16,memory-bf16,memory-fp32,load", "cuda": "time-bf16,memory-bf16,load"}
 
@@ -59,9 +61,13 @@ def write_model(folder: Path, shape: str, layers: int, device: str) -> None:
 
 def ours(folder: Path, dtype: str, quantize: Any, size: tuple[int, int], device: str, *,
          recompute: bool, tables: Any = "none") -> tuple[Step, Any]:
-    """A step of ours, and its board."""
+    """A step of ours, tuned as training tunes it for as long as the process lasts, and its board."""
     import deltaw
     from deltaw.bases import load_base
+    from deltaw.bases.gated import gated_modules, product_made_again
+    from deltaw.bases.norms import keeping_less, norm_modules
+    from deltaw.bases.packed_attention import packed_attention
+    from deltaw.bases.rotary import rotary_in_one_pass
     from deltaw.train.memory import recompute_activations
     from deltaw.train.objective import CausalLoss
     from deltaw.train.optimizer import adamw
@@ -70,7 +76,14 @@ def ours(folder: Path, dtype: str, quantize: Any, size: tuple[int, int], device:
                       device=device).model.train()
     board = deltaw.attach(model, deltaw.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR), seed=0)
     batch, objective = batch_of(*size, device), CausalLoss()
-    board.share_inputs(lambda: objective.loss(model, {n: t[:1, :64] for n, t in batch.items()}))
+
+    def look() -> None:
+        objective.loss(model, {n: t[:1, :64] for n, t in batch.items()})
+
+    board.share_inputs(look)
+    for tuned in (rotary_in_one_pass(model), keeping_less(norm_modules(model, look)),
+                  *([] if recompute else [product_made_again(gated_modules(model, look))]), packed_attention(model)):
+        TUNED.enter_context(tuned)
     if recompute:
         recompute_activations(model)
     optimizer, units = adamw(board.parameters("default"), learning_rate=1e-4), objective.units(batch)
