@@ -150,7 +150,8 @@ class _BankedLinear(torch.autograd.Function):
         x_TI, of_x = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
         g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         entries: Sequence[Entry] = ctx.entries
-        if None not in g and len({id(e) for e in entries}) == len(entries) and all(e.is_fresh for e in entries):
+        once = len({id(entry) for entry in entries}) == len(entries)
+        if once and all(t is not None for t in g) and all(entry.is_fresh for entry in entries):
             dx_TI = native_linear.through(x_TI, h_TC, g, ctx.W, ctx.segments, of_x=of_x)
             for entry in entries:
                 for place in entry.places:
