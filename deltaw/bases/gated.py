@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from deltaw.bases import native_rows
+from deltaw.bases.exchanged import exchanged
 
 
 class Gated(NamedTuple):
@@ -103,16 +104,8 @@ def _is_watched(act: nn.Module) -> bool:
 @contextmanager
 def product_made_again(modules: Sequence[Gated]) -> Iterator[None]:
     """These modules without the product among what is kept for the backward pass, for the length of the block."""
-    own = [one.module.__dict__.get("forward") for one in modules]
-    for one in modules:
-        one.module.forward = partial(_forward, one, _is_silu(one.act), one.module.forward)
-    try:
+    with exchanged({one.module: partial(_forward, one, _is_silu(one.act), one.module.forward) for one in modules}):
         yield
-    finally:
-        for one, forward in zip(modules, own, strict=True):
-            del one.module.__dict__["forward"]
-            if forward is not None:
-                one.module.forward = forward
 
 
 def _forward(parts: Gated, is_silu: bool, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

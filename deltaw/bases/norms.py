@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.bases import native_rows
+from deltaw.bases.exchanged import exchanged
 
 HALVES = (torch.bfloat16, torch.float16)
 _NEAR = 2.0**-7
@@ -123,16 +124,8 @@ def _differ(mine: Tensor, theirs: Tensor) -> float:
 @contextmanager
 def keeping_less(norms: Sequence[Norm]) -> Iterator[None]:
     """These modules by the node below, for the length of the block; where it is not for an input, as they are."""
-    own = [norm.module.__dict__.get("forward") for norm in norms]
-    for norm in norms:
-        norm.module.forward = partial(_forward, norm, norm.module.forward)
-    try:
+    with exchanged({norm.module: partial(_forward, norm, norm.module.forward) for norm in norms}):
         yield
-    finally:
-        for norm, forward in zip(norms, own, strict=True):
-            del norm.module.__dict__["forward"]
-            if forward is not None:
-                norm.module.forward = forward
 
 
 def _forward(norm: Norm, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

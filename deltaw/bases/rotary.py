@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.bases import native_rows
+from deltaw.bases.exchanged import exchanged
 from deltaw.bases.norms import is_transformed
 
 NAME = "apply_rotary_pos_emb"
@@ -29,17 +30,12 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 def rotary_in_one_pass(model: nn.Module) -> Iterator[None]:
     """A model in bfloat16 with the kernel for its positions, for the length of the block."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    every = _exchanged(model) if first is not None and native_rows.fit(first) else {}
-    for module, forward in every.items():
-        module.forward = partial(_forward, module.forward, forward)
-    try:
+    every = _with_the_kernel(model) if first is not None and native_rows.fit(first) else {}
+    with exchanged({module: partial(_forward, module.forward, forward) for module, forward in every.items()}):
         yield
-    finally:
-        for module in every:
-            del module.__dict__["forward"]
 
 
-def _exchanged(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+def _with_the_kernel(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     """The modules whose code calls such a function, and their forward with the kernel in its place."""
     made: dict[type, FunctionType] = {}
     for kind in {type(module) for module in model.modules()}:

@@ -152,7 +152,7 @@ def packed(segments: Sequence[Segment], targets: Sequence[Target] = ()) -> Packe
 NOTHING = Packed(b"", b"", 0, wide=False)
 
 
-def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Packed, dense: Sequence[Dense] = ()) -> Tensor:
+def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Packed, dense: Sequence[Dense]) -> Tensor:
     """Write every product of `dense`, and add every change, to y (T, O) of each projection; returns h of `backward`."""
     h_TC = x_TI.new_zeros(len(x_TI), in_vectors(segments.columns))
     _run(_library().forward, segments, x_TI, None, h_TC, y, dense)
@@ -192,7 +192,7 @@ def in_vectors(columns: int) -> int:
 
 
 def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None, segments: Packed,
-             dense: Sequence[Dense] = (), *, onto_dx: bool = True) -> None:
+             dense: Sequence[Dense], *, onto_dx: bool) -> None:
     """Write the gradients of all parts to their targets, from g of each y; write x's to dx (T, I), or add them.
 
     Targets of a part whose y has no g stay as they are.
@@ -204,7 +204,7 @@ def _run(function: Callable[[Any], bool], segments: Packed, x: Tensor, dx: Tenso
          y: Sequence[Tensor | None], dense: Sequence[Dense], onto_dx: bool = False) -> None:
     x = x if x.stride(1) == 1 else x.contiguous()
     job = _Job(len(x), len(segments.spans) // _SEGMENT.size, len(y), torch.get_num_threads(), segments.wide, onto_dx,
-               segments.spans, segments.parts, b"".join(map(_frozen, dense or [Dense()] * len(y))),
+               segments.spans, segments.parts, b"".join(map(_frozen, dense)),
                _rows(x), _Rows() if dx is None else _rows(dx), _rows(h),
                b"".join(_ROWS.pack(0, 0, 0) if t is None else _ROWS.pack(t.data_ptr(), t.stride(0), t.shape[1])
                         for t in y))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.bases.exchanged import exchanged
 from deltaw.errors import BaseModelError, Fault
 
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
@@ -42,16 +43,8 @@ def recompute_activations(model: Any) -> None:
 @contextmanager
 def recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """These modules with their insides computed again in the backward pass, for the length of the block."""
-    own = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = partial(_again, module.forward)
-    try:
+    with exchanged({module: partial(_again, module.forward) for module in modules}):
         yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.forward = forward
 
 
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
