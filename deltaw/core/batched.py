@@ -213,10 +213,7 @@ class _GroupedLinear(torch.autograd.Function):
         else:
             H = []
             for y_TO, W_OI, bias in zip(y, W, b, strict=True):
-                if W_OI is None:
-                    y_TO.zero_()
-                else:
-                    write_product(x_TI, W_OI, bias, y_TO)
+                write_product(x_TI, W_OI, bias, y_TO)
         ctx.stacks = {}  # made once, and there until the backward pass: as large as the adapters of this pass
         for first, stop in plan.runs:
             rows, own = plan.of_run(first, stop, factors)

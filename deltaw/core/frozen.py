@@ -97,9 +97,11 @@ def output_for(x: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
     return y, y.view(-1, outputs)
 
 
-def write_product(x_NI: Tensor, W: Tensor | Stripped, b: Tensor | None, y_NO: Tensor) -> None:
-    """Write x Wᵀ + b to y."""
-    if isinstance(W, Stripped):
+def write_product(x_NI: Tensor, W: Tensor | Stripped | None, b: Tensor | None, y_NO: Tensor) -> None:
+    """Write x Wᵀ + b to y; zeros where there is no W."""
+    if W is None:
+        y_NO.zero_()
+    elif isinstance(W, Stripped):
         W.write_product(x_NI, b, y_NO)
     elif native_low_rank.product(x_NI, W, b, y_NO):
         pass

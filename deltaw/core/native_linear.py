@@ -39,9 +39,7 @@ def outputs(x_TI: Tensor, y: Sequence[Tensor], W: Sequence[Tensor | Stripped | N
     """
     dense = [_dense(x_TI, W_OI, bias) for W_OI, bias in zip(W, b, strict=True)]
     for y_TO, W_OI, bias, own in zip(y, W, b, dense, strict=True):
-        if W_OI is None:
-            y_TO.zero_()
-        elif own.W is None:
+        if own.W is None:
             write_product(x_TI, W_OI, bias, y_TO)
     return native_low_rank.forward(x_TI, y, segments, dense)
 
