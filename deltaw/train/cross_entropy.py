@@ -4,8 +4,9 @@
 
 The logits of 1,024 tokens over a vocabulary of 49,152 take 200 MB, and plain autograd makes that four times. Here both
 the loss and its gradient are computed while a stretch's logits are at hand, in one buffer that all stretches use, and
-where logits are narrower than float32 in a second one, which on a processor is a few rows and stays in its cache. For
-a frozen linear head the gradient is written out,
+where logits are narrower than float32 in a second one, which on a processor is a few rows and stays in its cache; none
+where a kernel (`native_loss`) takes a row in float32 as it reads it. For a frozen linear head the gradient is written
+out,
 
     dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,
 
@@ -25,6 +26,7 @@ from deltaw.core.frozen import write_product, write_transposed
 from deltaw.core.layers import CHILD, AdaptedLinear
 from deltaw.core.stretches import stretch_of
 from deltaw.core.tables import PackedHead
+from deltaw.train import native_loss
 from deltaw.train.strip_entropy import passed_over
 from deltaw.train.terms import Terms
 
@@ -162,15 +164,17 @@ class _Sums:
             W_VI, b_V = self.layer.head.get_parameter("weight"), self.layer.head._parameters.get("bias")
             z_NV = self.buffer("logits", len(h_NI), len(W_VI), h_NI.dtype)
             write_product(h_NI, W_VI, b_V, z_NV)
-            block = _BLOCK if z_NV.is_cpu else max(1, len(z_NV))
-            losses_N1 = [self.block(z, column) for z, column in
-                         zip(torch.split(z_NV, block), torch.split(targets_N.unsqueeze(1), block), strict=True)]
+            if native_loss.fits(z_NV, targets_N):
+                loss_N = native_loss.losses(z_NV, targets_N, self.terms, gradients=self.dh_NI is not None)
+            else:
+                block = _BLOCK if z_NV.is_cpu else max(1, len(z_NV))
+                blocks = zip(torch.split(z_NV, block), torch.split(targets_N.unsqueeze(1), block), strict=True)
+                loss_N = torch.cat([self.block(z, column) for z, column in blocks]).squeeze(1)
             if self.dh_NI is not None:
                 write_transposed(z_NV, W_VI, self.dh_NI[stretch])
-            loss_N1 = torch.cat(losses_N1)
             if self.losses is not None:
-                self.losses.append(loss_N1.squeeze(1))
-            return loss_N1.sum(dtype=torch.float64)
+                self.losses.append(loss_N)
+            return loss_N.sum(dtype=torch.float64)
 
     def block(self, z_NV: Tensor, column_N1: Tensor) -> Tensor:
         """The loss (N, 1) of some logits, whose place their gradient takes."""
