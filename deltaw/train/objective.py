@@ -103,7 +103,8 @@ class CausalLoss:
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(args[0].flatten(0, -2).index_select(0, where))
-            return (seen[-1][None, :rows].detach(), *args[1:])
+            # Sliced before it is a batch: strides of a longer one make torch copy the weight of a 16-bit layer.
+            return (seen[-1][:rows].detach()[None], *args[1:])
 
         drawn = _random_state() if known is None else None
         logits = _logits(model, inputs, head, take)

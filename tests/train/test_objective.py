@@ -80,6 +80,17 @@ def test_only_supervised_positions_reach_the_output_layer(tiny_llama: Any, text_
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 
+def test_the_output_layer_is_asked_with_the_strides_of_a_batch_of_its_own(tiny_llama: Any,
+                                                                          text_batches: Callable[..., Any]) -> None:
+    """In 16 bits torch copies the whole weight for a row whose batch has another's strides, which takes a second."""
+    model, batch = tiny_llama(), next(text_batches()).inputs
+    strides = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: strides.append((args[0].shape, args[0].stride())))
+    CausalLoss().loss(model, batch)
+    (shape, found), *_ = strides
+    assert found == (shape[1] * shape[2], shape[2], 1)
+
+
 def test_a_single_row_with_all_but_one_token_supervised(tiny_llama: Any) -> None:
     ids = randint(3, 64, (1, 7))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
