@@ -143,7 +143,7 @@ def logits(sizes: Sizes, config: PlanConfig, batch: int, length: int, item: int,
     if not learns:
         return buffers
     hidden = batch * length * config.supervised * sizes.width * item
-    trained = 2 * sizes.trained_head * item + (2 * values * max(item, 4) if sizes.trained_head else 0)
+    trained = 2 * sizes.trained_head * item
     strips = rows * sizes.width * (4 + item + 4) if sizes.tables else 0  # a sum in float32, a strip's part, W_t
     return buffers + hidden + trained + strips
 

@@ -5,10 +5,10 @@
 The logits of 1,024 tokens over a vocabulary of 49,152 take 200 MB, and plain autograd makes that four times. Here both
 the loss and its gradient are computed while a stretch's logits are at hand, in one buffer that all stretches use, and
 where logits are narrower than float32 in a second one, which on a processor is a few rows and stays in its cache; none
-where a kernel (`native_loss`) takes a row in float32 as it reads it. For a frozen linear head the gradient is written
-out,
+where a kernel (`native_loss`) takes a row in float32 as it reads it. For a linear head, frozen or trained, gradients
+are written out,
 
-    dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,
+    dz = p - (1-ε)·1_t - ε/V + 2ζ·lse·p,  dh = dz W,  dW = dzᵀ h,
 
 and for any other (adapted, scaled or capped) it is taken by autograd, one stretch at a time. A head that is packed in
 8 bits is passed over once, a strip of the vocabulary at a time (`deltaw.train.strip_entropy`).
@@ -60,11 +60,16 @@ class OutputLayer:
         return int(self.head.get_parameter("weight").shape[0])
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a frozen product with a weight and nothing else, now."""
+    def is_linear(self) -> bool:
+        """Whether it is a product with a weight and nothing else, now."""
         return (self.finish is as_is and self._is_idle
                 and type(self.head).forward in (nn.Linear.forward, PackedHead.forward)
-                and not self.trained() and not self.head._forward_hooks and not self.head._forward_pre_hooks)
+                and not self.head._forward_hooks and not self.head._forward_pre_hooks)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is such a product, and frozen."""
+        return self.is_linear and not self.trained()
 
     @property
     def _is_idle(self) -> bool:
@@ -143,11 +148,11 @@ class _Sums:
             self.total = self.packed(h_NI.detach(), targets_N, layer.head)
             return
         total = torch.zeros((), dtype=torch.float64, device=h_NI.device)
-        plain, rows = layer.is_plain, stretch_of(len(h_NI), layer.vocabulary)
+        linear, rows = layer.is_linear, stretch_of(len(h_NI), layer.vocabulary)
         self.buffers: dict[str, Tensor] = {}
         for start in range(0, len(h_NI), rows):
             stretch = slice(start, start + rows)
-            add = self.plain if plain and h_NI.dtype == layer.head.weight.dtype else self.any
+            add = self.linear if linear and h_NI.dtype == layer.head.weight.dtype else self.any
             total += add(h_NI[stretch].detach(), targets_N[stretch], stretch)
         self.total = total.to(self.wide)
 
@@ -158,8 +163,8 @@ class _Sums:
             self.losses.append(losses_N)
         return losses_N.sum(dtype=torch.float64).to(self.wide)
 
-    def plain(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
-        """A stretch through a frozen linear head, with the gradient written out."""
+    def linear(self, h_NI: Tensor, targets_N: Tensor, stretch: slice) -> Tensor:
+        """A stretch through a linear head, with the gradients written out."""
         with torch.no_grad():
             W_VI, b_V = self.layer.head.get_parameter("weight"), self.layer.head._parameters.get("bias")
             z_NV = self.buffer("logits", len(h_NI), len(W_VI), h_NI.dtype)
@@ -172,6 +177,8 @@ class _Sums:
                 loss_N = torch.cat([self.block(z, column) for z, column in blocks]).squeeze(1)
             if self.dh_NI is not None:
                 write_transposed(z_NV, W_VI, self.dh_NI[stretch])
+                self.d_trained = [_added(total, z_NV, h_NI if tensor is W_VI else None)
+                                  for total, tensor in zip(self.d_trained, self.trained, strict=True)]
             if self.losses is not None:
                 self.losses.append(loss_N)
             return loss_N.sum(dtype=torch.float64)
@@ -222,3 +229,10 @@ class _Sums:
             device = self.layer.head.get_parameter("weight").device
             self.buffers[name] = torch.empty(rows, columns, dtype=dtype, device=device)
         return self.buffers[name][:rows]
+
+
+def _added(total: Tensor | None, dz_NV: Tensor, h_NI: Tensor | None) -> Tensor:
+    """dzᵀ h (V, I), the gradient of a weight, or where there is no h that of a bias (V,), added to what there is."""
+    if h_NI is not None:
+        return dz_NV.t() @ h_NI if total is None else total.addmm_(dz_NV.t(), h_NI)
+    return dz_NV.sum(0) if total is None else total.add_(dz_NV.sum(0))

@@ -83,6 +83,7 @@ def test_it_is_the_loss_of_all_logits_with_its_gradient(kind: str, terms: Terms,
 def test_which_layers_have_the_gradient_written_out(kind: str) -> None:
     output, _ = layer(kind, torch.float32)
     assert output.is_plain == (kind in ("plain", "bias", "adapted, off"))
+    assert output.is_linear == (output.is_plain or kind == "trained")
 
 
 def test_logits_never_exist_together() -> None:
