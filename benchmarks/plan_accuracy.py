@@ -1,6 +1,7 @@
 """What `deltaw plan` says beside what `deltaw train` then takes, each run in a fresh process.
 
     python benchmarks/plan_accuracy.py [--quick] [--times] [--only TEXT] [--calibrate] [--keep FOLDER]
+                                       [--dtype fp32|bf16]
 
 Real runs: `deltaw.train` on a folder of random weights (or SmolLM2's own), with data, evaluation, checkpoints and
 samples. Memory is the most the process ever had resident (VmHWM), libraries and loading included; beside it stands the
@@ -175,7 +176,9 @@ def options_of(run: Run, model: str, root: Path, device: str) -> dict[str, Any]:
             "eval_every": 0, "save_every": 2,
             "method": run.method, "quantize": run.quantize, "samples": 1, "max_new_tokens": 16,
             "gradient_checkpointing": run.checkpointing, "packing": run.packing, "lora": lora, "compile": "off",
-            "optimizer": run.optimizer, "release_memory": run.release, "device": device, "learning_rate": 1e-4,
+            "optimizer": run.optimizer, "release_memory": run.release, "device": device,
+            # In bf16 a weight of 1 does not move by less: a run in which tensors stand still ends as failed.
+            "learning_rate": 1e-2 if run.method in ("full", "bitfit") and run.dtype == "bf16" else 1e-4,
             "schedule": "constant",
             "warmup_ratio": 0.0}
 
@@ -292,6 +295,7 @@ def main() -> int:
     parser.add_argument("--times", action="store_true", help="26 short runs for times and memory; implies --calibrate")
     parser.add_argument("--measure", action="store_true", help="measure and keep, plan nothing")
     parser.add_argument("--replan", action="store_true", help="plan the kept runs only, measure nothing")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of all bases instead of each run's own")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -303,6 +307,7 @@ def main() -> int:
         chosen = [run for run in RUNS if args.only in run.name and args.exact in (None, run.name.strip("* "))]
         chosen = [run for run in chosen if run.name.strip("* ") in TIMED] if args.times else chosen
         chosen = chosen[:12:2] if args.quick else chosen
+        chosen = [replace(run, dtype=args.dtype, stored=args.dtype) for run in chosen] if args.dtype else chosen
         rows, calibrates = [], (args.calibrate or args.times) and not args.replan
         for run in chosen:
             where = "" if args.device == "cpu" else args.device

@@ -1,8 +1,8 @@
 """Write what walks over the published shapes find, as the package carries it: `python docs/write_walked.py [NAME ...]`.
 
 For each shape: its sizes, the sites of a default LoRA, and a form of the steps of each way of tuning, in bf16 and fp32,
-with layers kept and computed again. To be run again when the versions of torch or transformers change, or what a walk
-does; a test tells. A shape takes about a minute.
+with layers kept and computed again, and in bf16 with kernels in C too. To be run again when the versions of torch or
+transformers change, or what a walk does; a test tells. A shape takes about a minute.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,21 @@ def _ask(config: PlanConfig, dtype: str) -> dict[str, Any]:
     assert walks.network.values
     assert walks.places
     found = {}
-    for mode in ("off", "layer"):
-        for kind in KINDS:
-            under = walks.under(replace(config, gradient_checkpointing=mode))  # type: ignore[arg-type]
-            forms = find_forms(_looks(under, kind), ranked=kind == "lora", learned=config.task == "causal-lm")
-            if forms:
-                found[kept.key(under.form_question(kind))] = [form.to_json() for form in forms]
+    for kernels, mode, kind in product((False, True) if dtype == "bfloat16" else (False,), ("off", "layer"), KINDS):
+        under = walks.under(replace(config, gradient_checkpointing=mode))  # type: ignore[arg-type]
+        look = _looks(under, kind, kernels=kernels)
+        forms = find_forms(look, ranked=kind == "lora", learned=config.task == "causal-lm")
+        if forms:
+            found[kept.key(under.form_question(kind, kernels=kernels))] = [form.to_json() for form in forms]
     return found
 
 
-def _looks(walks: Walks, kind: Method) -> Look:
+def _looks(walks: Walks, kind: Method, *, kernels: bool) -> Look:
     """Steps at any point."""
     def look(at: At) -> Heard:
         config = replace(walks.config, lora=LoraConfig(r=at.r), supervised=at.S / (at.B * at.T))
-        return Steps(walks.shapes, config, getattr(torch, walks.dtype)).heard(Point(kind, at.B, at.T, at.r))
+        steps = Steps(walks.shapes, config, getattr(torch, walks.dtype), kernels=kernels)
+        return steps.heard(Point(kind, at.B, at.T, at.r))
 
     return cache(look)
 

@@ -7,14 +7,15 @@ with its own conversion to float32. They are for the processors of `native_atten
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaw.core.compiled import NATIVE, NoKernel, passes, products_without_tiles
+from deltaw.core import followed
+from deltaw.core.compiled import NATIVE, are_made, passes
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -46,7 +47,7 @@ class _Rotary(ctypes.Structure):
 
 def fit(*tensors: Tensor) -> bool:
     """Whether the kernels can be asked for these: in bfloat16 on a processor that they are for."""
-    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and is_there()
+    return followed.are_served(*tensors) and (followed.listening() is not None or is_there())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -57,33 +58,24 @@ def is_there() -> bool:
 
 @cache
 def _were_made() -> bool:
-    try:
-        return products_without_tiles() and all((_norm(), _gate(), _rotary()))
-    except NoKernel:
-        return False
+    return are_made(*(partial(_library, name) for name in _JOBS))
+
+
+_JOBS = {"norm": _Norm, "gate": _Gate, "rotary": _Rotary}
 
 
 @cache
-def _norm() -> ctypes.CDLL:
-    return passes(NATIVE / "norm.c", _Norm)
-
-
-@cache
-def _gate() -> ctypes.CDLL:
-    return passes(NATIVE / "gate.c", _Gate)
-
-
-@cache
-def _rotary() -> ctypes.CDLL:
-    return passes(NATIVE / "rotary.c", _Rotary)
+def _library(name: str) -> ctypes.CDLL:
+    return passes(NATIVE / f"{name}.c", _JOBS[name])
 
 
 def norm(x: Tensor, w: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
     """RMSNorm y of x (..., D), and 1 / rms (..., 1) in float32; `form` is one of `norms.Form`."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     r, x_TD, w = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), _rows(x), w.contiguous()
-    _run(_norm().forward, _Norm(len(x_TD), x.shape[-1], x_TD.stride(0), 0, torch.get_num_threads(), form, eps,
-                                x_TD.data_ptr(), None, w.data_ptr(), y.data_ptr(), r.data_ptr()))
+    _run("norm", "forward", (x, y), _Norm(
+        len(x_TD), x.shape[-1], x_TD.stride(0), 0, torch.get_num_threads(), form, eps,
+        x_TD.data_ptr(), None, w.data_ptr(), y.data_ptr(), r.data_ptr()))
     return y, r
 
 
@@ -91,16 +83,18 @@ def norm_backward(g: Tensor, x: Tensor, w: Tensor, r: Tensor, form: int) -> Tens
     """The gradient of `norm`'s x, from g of y."""
     dx, x_TD, g_TD = torch.empty_like(x, memory_format=torch.contiguous_format), _rows(x), _rows(g)
     w, r = w.contiguous(), r.contiguous()
-    _run(_norm().backward, _Norm(len(x_TD), x.shape[-1], x_TD.stride(0), g_TD.stride(0), torch.get_num_threads(), form,
-                                 0.0, x_TD.data_ptr(), g_TD.data_ptr(), w.data_ptr(), dx.data_ptr(), r.data_ptr()))
+    _run("norm", "backward", (x, g, dx), _Norm(
+        len(x_TD), x.shape[-1], x_TD.stride(0), g_TD.stride(0), torch.get_num_threads(), form, 0.0,
+        x_TD.data_ptr(), g_TD.data_ptr(), w.data_ptr(), dx.data_ptr(), r.data_ptr()))
     return dx
 
 
 def gate(g: Tensor, u: Tensor) -> Tensor:
     """silu(g)·u of g and u (..., O), silu(g) rounded first as where it is a tensor of its own."""
     p, g_TO, u_TO = torch.empty_like(g, memory_format=torch.contiguous_format), _rows(g), _rows(u)
-    _run(_gate().forward, _Gate(*g_TO.shape, g_TO.stride(0), u_TO.stride(0), 0, torch.get_num_threads(),
-                                g_TO.data_ptr(), u_TO.data_ptr(), None, p.data_ptr(), None, None))
+    _run("gate", "forward", (g, u, p), _Gate(
+        *g_TO.shape, g_TO.stride(0), u_TO.stride(0), 0, torch.get_num_threads(),
+        g_TO.data_ptr(), u_TO.data_ptr(), None, p.data_ptr(), None, None))
     return p
 
 
@@ -108,9 +102,9 @@ def gate_backward(dp: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `gate`'s g and u, from dp of its product."""
     dg, du = (torch.empty_like(g, memory_format=torch.contiguous_format) for _ in range(2))
     g_TO, u_TO, dp_TO = _rows(g), _rows(u), _rows(dp)
-    _run(_gate().backward, _Gate(*g_TO.shape, g_TO.stride(0), u_TO.stride(0), dp_TO.stride(0), torch.get_num_threads(),
-                                 g_TO.data_ptr(), u_TO.data_ptr(), dp_TO.data_ptr(), None, dg.data_ptr(),
-                                 du.data_ptr()))
+    _run("gate", "backward", (dp, g, u, dg, du), _Gate(
+        *g_TO.shape, g_TO.stride(0), u_TO.stride(0), dp_TO.stride(0), torch.get_num_threads(),
+        g_TO.data_ptr(), u_TO.data_ptr(), dp_TO.data_ptr(), None, dg.data_ptr(), du.data_ptr()))
     return dg, du
 
 
@@ -123,9 +117,8 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) -> T
     y = x.new_empty_strided((B, heads, T, D), (T * heads * D, D, heads * D, 1))
     x, angles = _side_by_side(x), [_side_by_side(t.expand(B, T, D)) for t in (cosine, sine)]
     views = [_View(t.data_ptr(), *t.stride()[:3]) for t in (x, y)]
-    _run(_rotary().backward if back else _rotary().forward,
-         _Rotary(B, heads, T, D, torch.get_num_threads(), *views,
-                 *(_Angles(t.data_ptr(), *t.stride()[:2]) for t in angles)))
+    _run("rotary", "backward" if back else "forward", (x, y), _Rotary(
+        B, heads, T, D, torch.get_num_threads(), *views, *(_Angles(t.data_ptr(), *t.stride()[:2]) for t in angles)))
     return y
 
 
@@ -138,5 +131,10 @@ def _side_by_side(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _run(function: Callable[[Any], bool], job: ctypes.Structure) -> None:
-    function(ctypes.byref(job))
+def _run(name: str, direction: str, moved: Sequence[Tensor], job: ctypes.Structure) -> None:
+    """Ask a kernel, which reads and writes the tensors of `moved` once."""
+    listener = followed.listening()
+    if listener is not None:
+        listener.hear_pass(sum(t.numel() * t.element_size() for t in moved))
+        return
+    getattr(_library(name), direction)(ctypes.byref(job))

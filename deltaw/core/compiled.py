@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +54,14 @@ def passes(main: Path, job: type[ctypes.Structure]) -> ctypes.CDLL:
     for function in (library.forward, library.backward):
         function.argtypes, function.restype = [ctypes.POINTER(job)], ctypes.c_bool
     return library
+
+
+def are_made(*libraries: Callable[[], ctypes.CDLL]) -> bool:
+    """Whether this processor is one that kernels of bfloat16 are for, and these libraries can be made here."""
+    try:
+        return products_without_tiles() and all(library() for library in libraries)
+    except NoKernel:
+        return False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.core.compiled import NATIVE, NoKernel, passes, products_without_tiles
+from deltaw.core import followed
+from deltaw.core.compiled import NATIVE, are_made, passes
 
 WIDEST = 256
 """Most columns of h; wider products are as quick by themselves."""
@@ -92,7 +93,7 @@ class _Job(ctypes.Structure):
 
 def takes(x: Tensor) -> bool:
     """Whether the kernel is for an input (..., I) such as this; asked first, since it costs nothing."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % 32 == 0 and is_there()
+    return followed.are_served(x) and x.shape[-1] % 32 == 0 and (followed.listening() is not None or is_there())
 
 
 def fits(x: Tensor, outputs: Sequence[int], segments: Sequence[Segment]) -> bool:
@@ -114,10 +115,7 @@ def is_there() -> bool:
 
 @cache
 def _was_made() -> bool:
-    try:
-        return products_without_tiles() and _library() is not None
-    except NoKernel:
-        return False
+    return are_made(_library)
 
 
 @cache
@@ -155,7 +153,7 @@ NOTHING = Packed(b"", b"", 0, wide=False)
 def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Packed, dense: Sequence[Dense]) -> Tensor:
     """Write every product of `dense`, and add every change, to y (T, O) of each projection; returns h of `backward`."""
     h_TC = x_TI.new_zeros(len(x_TI), in_vectors(segments.columns))
-    _run(_library().forward, segments, x_TI, None, h_TC, y, dense)
+    _run("forward", segments, x_TI, None, h_TC, y, dense)
     return h_TC
 
 
@@ -164,7 +162,7 @@ def product(x_TI: Tensor, W_OI: Tensor, b_O: Tensor | None, y_TO: Tensor) -> boo
     dense = Dense(W_OI, b_O)
     if not (_takes_now(x_TI) and dense.fits(x_TI) and y_TO.stride(1) == 1):
         return False
-    _run(_library().forward, NOTHING, x_TI, None, x_TI, [y_TO], [dense])
+    _run("forward", NOTHING, x_TI, None, x_TI, [y_TO], [dense])
     return True
 
 
@@ -173,7 +171,7 @@ def transposed_product(g_TO: Tensor, W_OI: Tensor, dx_TI: Tensor, *, add: bool) 
     dense = Dense(W_OI)
     if not (_takes_now(g_TO) and dense.fits(g_TO) and dx_TI.stride(1) == g_TO.stride(1) == 1):
         return False
-    _run(_library().backward, NOTHING, dx_TI, dx_TI, dx_TI, [g_TO], [dense], add)
+    _run("backward", NOTHING, dx_TI, dx_TI, dx_TI, [g_TO], [dense], add)
     return True
 
 
@@ -197,19 +195,42 @@ def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tens
 
     Targets of a part whose y has no g stay as they are.
     """
-    _run(_library().backward, segments, x_TI, dx_TI, h_TC, g, dense, onto_dx)
+    _run("backward", segments, x_TI, dx_TI, h_TC, g, dense, onto_dx)
 
 
-def _run(function: Callable[[Any], bool], segments: Packed, x: Tensor, dx: Tensor | None, h: Tensor,
-         y: Sequence[Tensor | None], dense: Sequence[Dense], onto_dx: bool = False) -> None:
+def _run(direction: str, segments: Packed, x: Tensor, dx: Tensor | None, h: Tensor, y: Sequence[Tensor | None],
+         dense: Sequence[Dense], onto_dx: bool = False) -> None:
+    listener = followed.listening()
+    if listener is not None:
+        ahead = direction == "forward"
+        _tell(listener, segments, x, y, dense, ahead=ahead, of_x=ahead or dx is not None)
+        return
     x = x if x.stride(1) == 1 else x.contiguous()
     job = _Job(len(x), len(segments.spans) // _SEGMENT.size, len(y), torch.get_num_threads(), segments.wide, onto_dx,
                segments.spans, segments.parts, b"".join(map(_frozen, dense)),
                _rows(x), _Rows() if dx is None else _rows(dx), _rows(h),
                b"".join(_ROWS.pack(0, 0, 0) if t is None else _ROWS.pack(t.data_ptr(), t.stride(0), t.shape[1])
                         for t in y))
-    if not function(ctypes.byref(job)):
+    if not getattr(_library(), direction)(ctypes.byref(job)):
         raise MemoryError("low-rank products: there is no memory for their buffers; take smaller batches")
+
+
+def _tell(listener: followed.Listener, segments: Packed, x: Tensor, y: Sequence[Tensor | None], dense: Sequence[Dense],
+          *, ahead: bool, of_x: bool) -> None:
+    """(M, N, K) of each product in a call: of y and h, or of dx, dh and the gradients of factors."""
+    (tokens, inputs), widths = x.shape, [0 if t is None else t.shape[1] for t in y]
+    frozen = [width for width, layer in zip(widths, dense, strict=True) if layer.W is not None and width and of_x]
+    narrow: list[followed.Shape] = []
+    parts = list(_PART.iter_unpack(segments.parts))
+    for start, stop, first, count in _SEGMENT.iter_unpack(segments.spans):
+        own = stop - start
+        for which, rank, *_ in parts[first:first + count]:
+            width = widths[which]
+            if ahead:
+                narrow += [(own, rank, inputs), (own, width, rank)]
+            elif width:
+                narrow += [(own, rank, width), (width, rank, own), (rank, inputs, own)] + [(own, inputs, rank)] * of_x
+    listener.hear_products([(tokens, width, inputs) if ahead else (tokens, inputs, width) for width in frozen], narrow)
 
 
 def _frozen(layer: Dense) -> bytes:

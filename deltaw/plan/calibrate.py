@@ -24,9 +24,9 @@ import torch
 
 from deltaw.bases.packed_attention import causal_attention
 from deltaw.bases.packing import pack_4bit
-from deltaw.core.frozen import write_product
 from deltaw.core.home import home
 from deltaw.core.packed import Packed, Workspace
+from deltaw.plan.calibrate_kernels import kernel_rates
 from deltaw.store.atomic import replace_folder
 
 NARROW = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -36,6 +36,8 @@ SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
 STATES = (1 << 10, 1 << 14, 1 << 18, 1 << 22)
 """Values of the tensors that an 8-bit AdamW is measured on."""
 _WIDE = 768
+_MASK = 1 << 20
+"""Values of a dropout's mask."""
 _LEAST_S, _MOST_S = 0.02, 1.0
 
 
@@ -53,17 +55,31 @@ class Rates:
     """Bytes a second that an addition moves, by the number of its values."""
     start: float
     """Seconds that an operation takes at least, its part in the graph and the backward pass included."""
+    drawn: float = 0.0
+    """Random values a second."""
     unpack: float = 0.0
     """Numbers of a 4-bit weight that are unpacked a second; 0 where bitsandbytes is not installed."""
     adamw8bit: Mapping[int, float] = field(default_factory=dict)
     """Numbers a second that an 8-bit AdamW updates, by the numbers of a tensor; empty without bitsandbytes."""
+    frozen: Mapping[int, float] = field(default_factory=dict)
+    """Multiplications and additions a second of a kernel's products with a frozen weight, by tokens; empty where there
+    are no kernels (`deltaw.core.native_low_rank`)."""
+    narrow: Mapping[int, float] = field(default_factory=dict)
+    """The same of the products of a low-rank change among them, by rank."""
+    passes: float = 0.0
+    """Bytes a second that kernels read and write that multiply nothing (`deltaw.bases.native_rows`)."""
     seconds: float = 0.0
     """What measuring took."""
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether steps here run on kernels in C."""
+        return bool(self.frozen)
 
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|own products"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|kernels and masks"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 
@@ -101,7 +117,8 @@ def _round(dtype: torch.dtype) -> dict[str, Any]:
         found = {"narrow_output": {n: _product(dtype, 1024, n, _WIDE) for n in NARROW},
                  "narrow_inner": {k: _product(dtype, 1024, _WIDE, k) for k in NARROW},
                  "attention": _attention(dtype), "bytes": {n: _added(dtype, n) for n in SIZES},
-                 "unpack": _unpacked(dtype)}
+                 "unpack": _unpacked(dtype), "drawn": _drawn(dtype)}
+        found |= kernel_rates(seconds) if dtype == torch.bfloat16 else {}
     found["adamw8bit"] = {n: _updated(n) for n in STATES} if _has_bitsandbytes() else {}
     return found | {"start": _start()}
 
@@ -127,7 +144,7 @@ def seconds(run: Callable[[], object]) -> float:
 def _product(dtype: torch.dtype, rows: int, outputs: int, inner: int) -> float:
     x, W = torch.randn(rows, inner).to(dtype), torch.randn(outputs, inner).to(dtype)
     y = x.new_empty(rows, outputs)
-    return 2.0 * rows * outputs * inner / seconds(lambda: write_product(x, W, None, y))
+    return 2.0 * rows * outputs * inner / seconds(lambda: torch.mm(x, W.t(), out=y))
 
 
 def _attention(dtype: torch.dtype) -> float:
@@ -139,6 +156,11 @@ def _attention(dtype: torch.dtype) -> float:
 def _added(dtype: torch.dtype, values: int) -> float:
     a, b = torch.ones(values, dtype=dtype), torch.ones(values, dtype=dtype)
     return 3.0 * values * a.element_size() / seconds(lambda: a + b)
+
+
+def _drawn(dtype: torch.dtype) -> float:
+    mask = torch.empty(_MASK, dtype=dtype)
+    return _MASK / seconds(lambda: mask.bernoulli_(0.9))
 
 
 def _has_bitsandbytes() -> bool:

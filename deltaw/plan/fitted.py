@@ -16,6 +16,7 @@ from typing import Any
 
 from deltaw.errors import BaseModelError
 from deltaw.plan.forms import At, Form, Polynomial, WorkForm
+from deltaw.plan.found import Work
 from deltaw.plan.step import Heard
 
 Look = Callable[[At], Heard]
@@ -88,10 +89,15 @@ def _form_of(batch: int, terms: Sequence[str], look: Look) -> Form:
         return [fit(moment) for moment in zip(*lists, strict=True)]
 
     def fit_work(name: str) -> WorkForm:
-        works = [getattr(h.step, name) for h in heard]
-        sizes = fit_each([n for shape, times in w.products.items() for n in (*shape, times)] for w in works)
-        return WorkForm([sizes[i:i + 5] for i in range(0, len(sizes), 5)], fit([w.attention for w in works]),
-                        fit([w.moved for w in works]), fit([w.calls for w in works]))
+        works: list[Work] = [getattr(h.step, name) for h in heard]
+
+        def fit_products(kind: str) -> list[list[Polynomial]]:
+            sizes = fit_each([n for shape, times in getattr(w, kind).items() for n in (*shape, times)] for w in works)
+            return [sizes[i:i + 5] for i in range(0, len(sizes), 5)]
+
+        return WorkForm(fit_products("products"), fit([w.attention for w in works]), fit([w.moved for w in works]),
+                        fit([w.calls for w in works]), fit_products("frozen"), fit_products("narrow"),
+                        fit([w.passes for w in works]), fit([w.drawn for w in works]))
 
     return Form(least=[1, 2, 1], most=[None, None, None], kept=fit([h.step.kept for h in heard]),
                 over=_highest(fit_each(h.over for h in heard)), forward=_highest(fit_each(h.forward for h in heard)),

@@ -203,9 +203,10 @@ class Forecast:
         setting, config = self.setting, self.setting.config
         if setting.device.here and setting.rates is None:
             return None
-        step = setting.walks.at(self.method, config.batch_size, config.max_length)
+        kernels = setting.rates is not None and setting.rates.has_kernels and not setting.gpu
+        step = setting.walks.at(self.method, config.batch_size, config.max_length, kernels=kernels)
         sizes = self.sizes(config.lora.r)
-        work = step_work(step.work, sizes, config, config.batch_size, config.max_length)
+        work = step_work(step.work, sizes, config, config.batch_size, config.max_length, kernels=kernels)
         if setting.rates is not None:
             pass_ = seconds_here(work, setting.rates, setting.item)
             pass_ *= _touching_again(config) if not setting.gpu else 1.0

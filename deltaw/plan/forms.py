@@ -55,14 +55,24 @@ class WorkForm(NamedTuple):
     attention: Polynomial
     moved: Polynomial
     calls: Polynomial
+    frozen: Sequence[Sequence[Polynomial]]
+    narrow: Sequence[Sequence[Polynomial]]
+    passes: Polynomial
+    drawn: Polynomial
 
     def at(self, at: At) -> Work:
         """The work here."""
-        products: Counter[tuple[int, int, int, int]] = Counter()
-        for sizes in self.products:
-            batch, rows, outputs, inner, times = map(at.value, sizes)
-            products[batch, rows, outputs, inner] += times
-        return Work(products, *(float(at.value(each)) for each in self[1:]))
+        return Work(_products_at(self.products, at), float(at.value(self.attention)), float(at.value(self.moved)),
+                    float(at.value(self.calls)), _products_at(self.frozen, at), _products_at(self.narrow, at),
+                    float(at.value(self.passes)), float(at.value(self.drawn)))
+
+
+def _products_at(products: Sequence[Sequence[Polynomial]], at: At) -> Counter[tuple[int, int, int, int]]:
+    found: Counter[tuple[int, int, int, int]] = Counter()
+    for sizes in products:
+        batch, rows, outputs, inner, times = map(at.value, sizes)
+        found[batch, rows, outputs, inner] += times
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -90,32 +90,59 @@ class Work:
     """Bytes read and written by everything that is no product."""
     calls: float = 0.0
     """Operations started."""
+    frozen: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    """Products with frozen weights inside of kernels in C, where those are followed."""
+    narrow: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    """Those of low-rank changes among them."""
+    passes: float = 0.0
+    """Bytes read and written by kernels in C that multiply no matrices."""
+    drawn: float = 0.0
+    """Random values, as a dropout's."""
 
     @property
     def flops(self) -> float:
         """Multiplications and additions of all products and of attention."""
-        return self.attention + sum(2.0 * math.prod(shape) * times for shape, times in self.products.items())
+        return self.attention + sum(2.0 * math.prod(shape) * times for products in self.all_products
+                                    for shape, times in products.items())
+
+    @property
+    def all_products(self) -> tuple[Counter[tuple[int, int, int, int]], ...]:
+        """Of each kind."""
+        return self.products, self.frozen, self.narrow
 
     def __add__(self, other: Work) -> Work:
         return self.plus(other, 1.0)
 
     def plus(self, other: Work, times: float) -> Work:
         """This and `times` the other."""
-        products: Counter[tuple[int, int, int, int]] = Counter(self.products)
-        for shape, count in other.products.items():
-            products[shape] += count * times  # type: ignore[assignment]  # a share of a layer is no whole number
+        products, frozen, narrow = (_sum(*both, times) for both in zip(
+            self.all_products, other.all_products, strict=True))
         return Work(products, self.attention + times * other.attention, self.moved + times * other.moved,
-                    self.calls + times * other.calls)
+                    self.calls + times * other.calls, frozen, narrow, self.passes + times * other.passes,
+                    self.drawn + times * other.drawn)
 
     def to_json(self) -> list[Any]:
         """Plain JSON values, products in their order."""
-        return [[[*shape, count] for shape, count in self.products.items()], self.attention, self.moved, self.calls]
+        products, frozen, narrow = ([[*shape, count] for shape, count in each.items()] for each in self.all_products)
+        return [products, self.attention, self.moved, self.calls, frozen, narrow, self.passes, self.drawn]
 
     @classmethod
     def from_json(cls, answer: Sequence[Any]) -> Work:
         """The same from plain JSON values."""
-        products, attention, moved, calls = answer
-        return cls(Counter({(b, m, n, k): count for b, m, n, k, count in products}), attention, moved, calls)
+        products, attention, moved, calls, frozen, narrow, passes, drawn = answer
+        return cls(_counted(products), attention, moved, calls, _counted(frozen), _counted(narrow), passes, drawn)
+
+
+def _sum(one: Mapping[tuple[int, int, int, int], float], other: Mapping[tuple[int, int, int, int], float],
+         times: float) -> Counter[tuple[int, int, int, int]]:
+    both: Counter[tuple[int, int, int, int]] = Counter(one)
+    for shape, count in other.items():
+        both[shape] += count * times  # type: ignore[assignment]  # a share of a layer is no whole number
+    return both
+
+
+def _counted(products: Sequence[Any]) -> Counter[tuple[int, int, int, int]]:
+    return Counter({(b, m, n, k): count for b, m, n, k, count in products})
 
 
 class Point(NamedTuple):

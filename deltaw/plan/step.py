@@ -21,11 +21,13 @@ from deltaw.bases.gated import gated_modules, product_made_again
 from deltaw.bases.norms import keeping_less, norm_modules
 from deltaw.bases.packed_attention import PLACES, attention_modules, packed_attention, takes_packed
 from deltaw.bases.quiet import quiet_transformers
+from deltaw.bases.rotary import rotary_in_one_pass
+from deltaw.core.followed import followed
 from deltaw.errors import BaseModelError, Fault
 from deltaw.inject import factors_as_drawn
 from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.counts import biases, with_task
-from deltaw.plan.found import Point, Step
+from deltaw.plan.found import Point, Step, Work
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.tape import Tape, as_on_cpu, tensors_of
 from deltaw.switch import attach
@@ -45,10 +47,10 @@ class Heard(NamedTuple):
 
 
 class Steps:
-    """Steps of one base under one config."""
+    """Steps of one base under one config: in torch's operations, or the work of one on the `kernels` of bfloat16."""
 
-    def __init__(self, shapes: Shapes, config: PlanConfig, dtype: torch.dtype) -> None:
-        self.shapes, self.config, self.dtype = shapes, config, dtype
+    def __init__(self, shapes: Shapes, config: PlanConfig, dtype: torch.dtype, *, kernels: bool = False) -> None:
+        self.shapes, self.config, self.dtype, self.kernels = shapes, config, dtype, kernels
 
     def at(self, method: Method, batch: int, length: int, rank: int | None = None) -> Step:
         """A step of this many examples of this length, of the whole network."""
@@ -67,7 +69,9 @@ class Steps:
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]), as_on_cpu():
                 config = replace(self.config, lora=replace(self.config.lora, r=point.rank, layers_to_transform=None))
-                step, over = _step(model, config, point)
+                step, over = _step(model, config, point, kernels=self.kernels)
+                if self.kernels:  # what they hold is rounded up to their vectors: memory is asked of plain operations
+                    return Heard(replace(step, kept=0.0, forward_work=Work()), [0], [0])
                 forward = _forward_alone(model, config, point)
                 return Heard(replace(step, over=max(over), forward=float(max(forward))), over, forward)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -78,7 +82,7 @@ class Steps:
                 "Its parameters can be counted all the same: see `parameters` of the plan")) from error
 
 
-def _step(model: Any, config: PlanConfig, point: Point) -> tuple[Step, list[int]]:
+def _step(model: Any, config: PlanConfig, point: Point, *, kernels: bool) -> tuple[Step, list[int]]:
     """Run a step of a whole small network, but for its peaks; and what the backward pass has alive on top."""
     tune(model, config, point.method)
     for parameter in model.parameters():  # gradients are known without being heard: here each goes as it comes
@@ -92,6 +96,9 @@ def _step(model: Any, config: PlanConfig, point: Point) -> tuple[Step, list[int]
         if packed:
             stack.enter_context(packed_attention(model))
         tape = stack.enter_context(Tape(known))
+        if kernels:
+            stack.enter_context(followed(tape))
+            stack.enter_context(rotary_in_one_pass(model))
         out = _forward(model, config, inputs, point)
         kept, forward_work = tape.now, tape.total()
         tape.restart()

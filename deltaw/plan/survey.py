@@ -53,9 +53,9 @@ class Survey:
         drawn = factors_as_drawn(found) if config.freeze_a else set()
         return [_place(t, drawn=f"{t.site.name}.lora_A" in drawn) for t in found]
 
-    def step(self, config: PlanConfig, point: Point) -> Step:
+    def step(self, config: PlanConfig, point: Point, *, kernels: bool = False) -> Step:
         """A step, run on the network's first layers."""
-        return Steps(self.shapes, config, self.dtype).at(*point)
+        return Steps(self.shapes, config, self.dtype, kernels=kernels).at(*point)
 
 
 def _place(target: Target, *, drawn: bool) -> Place:

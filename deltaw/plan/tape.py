@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deltaw.core.followed import Shape
 from deltaw.plan.found import Work
 
 _aten = torch.ops.aten
 _CREATING = {"empty", "zeros", "ones", "full", "new_empty", "new_zeros", "empty_like", "zeros_like", "arange"}
+_DRAWING = {"bernoulli", "bernoulli_", "native_dropout", "rand_like", "randn_like", "uniform_", "normal_"}
+_STARTS_OF_A_KERNEL = 8
+"""A call of a kernel in C takes as long, with the Python around it, as so many of torch's small operations."""
 _BACKWARD_OF_ATTENTION = 2.5
 """Products in the backward pass of attention for each product of its forward: five for two."""
 
@@ -42,9 +46,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = 0
         self.heights = [0]
         """Bytes alive after each tensor that came, since the last `restart`."""
-        self.work = Work()
-        self._products: Counter[tuple[int, int, int, int]] = self.work.products
-        self._attention = self._moved = self._calls = 0.0
+        self._products: Counter[tuple[int, int, int, int]] = Counter()
+        self._frozen: Counter[tuple[int, int, int, int]] = Counter()
+        self._narrow: Counter[tuple[int, int, int, int]] = Counter()
+        self._attention = self._moved = self._calls = self._passes = self._drawn = 0.0
         self._sizes: dict[int, int] = {}
         for tensor in known:
             self._meet(tensor.untyped_storage(), 0)
@@ -75,7 +80,19 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def total(self) -> Work:
         """The work heard so far."""
-        return Work(Counter(self._products), self._attention, self._moved, self._calls)
+        return Work(Counter(self._products), self._attention, self._moved, self._calls, Counter(self._frozen),
+                    Counter(self._narrow), self._passes, self._drawn)
+
+    def hear_products(self, frozen: Sequence[Shape], narrow: Sequence[Shape]) -> None:
+        """A call of a kernel that multiplies matrices (`deltaw.core.followed`)."""
+        self._calls += _STARTS_OF_A_KERNEL
+        self._frozen.update((1, *shape) for shape in frozen)
+        self._narrow.update((1, *shape) for shape in narrow)
+
+    def hear_pass(self, moved: int) -> None:
+        """A call of a kernel that multiplies none."""
+        self._calls += _STARTS_OF_A_KERNEL
+        self._passes += moved
 
     def _meet(self, storage: torch.UntypedStorage, size: int) -> None:
         self._sizes[storage._cdata] = size
@@ -93,6 +110,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not (new or in_place) or name in _CREATING:
             return  # a view, or memory that nobody has written yet
         self._calls += 1
+        self._drawn += sum(t.numel() for t in made[:1]) if name in _DRAWING else 0
         shape = _product(name, args)
         if shape is not None:
             self._products[shape] += 1

@@ -3,6 +3,8 @@
     seconds = Σ (products / rate(shape) + operands / bandwidth) + attention / rate + Σ max(bytes / bandwidth, start)
               + unpacking
 
+with rates of their own for what kernels in C do, where this machine has them.
+
 The work is what a `Tape` heard, with the output layer and the optimizer added. Rates are measured ones on this machine,
 and shares of a data sheet's on another, which makes an estimate and no promise.
 """
@@ -35,19 +37,21 @@ FAULTS = 1.15
 """Under gradient checkpointing large tensors are new memory each time (`deltaw.train.memory.release_at_once`)."""
 TRIMMED = 1.09
 """With `release_memory` the pages of a step are new ones in the next (`deltaw.train.memory.give_back`)."""
+_BF16 = 2
+"""Bytes of a number in the kernels' format."""
 _GPU_START = 5e-6
 
 
-def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: int) -> Work:
+def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: int, *, kernels: bool = False) -> Work:
     """A whole forward and backward pass: the network's body, the output layer and the loss."""
     if config.task != "causal-lm":
         return body
     rows = config.supervised_tokens(batch, length)
     stretch, _ = stretch_at_once(sizes, config, batch, length)
     head = Work()
-    products = 3 if sizes.trained_head else 2
-    head.products[1, stretch, sizes.vocabulary, sizes.width] = 1
-    head.products[1, stretch, sizes.width, sizes.vocabulary] = products - 1
+    own = head.frozen if kernels and not sizes.trained_head else head.products
+    own[1, stretch, sizes.vocabulary, sizes.width] = 1
+    own[1, stretch, sizes.width, sizes.vocabulary] = 2 if sizes.trained_head else 1
     moved = Work(moved=float(_PASSES_OF_LOSS * 4 * rows * sizes.vocabulary), calls=10.0 * rows / stretch)
     return body.plus(head, rows / stretch).plus(moved, 1.0)
 
@@ -55,7 +59,7 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
 def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
     """On this machine, by the rates that were measured, of values that take `item` bytes."""
     stream, start = between(rates.bytes, max(rates.bytes)), _AROUND * rates.start
-    total = work.attention / rates.attention
+    total = work.attention / rates.attention + (work.drawn / rates.drawn if rates.drawn else 0.0)
     for (batch, rows, outputs, inner), times in work.products.items():
         flops = 2.0 * batch * rows * outputs * inner
         operands = float(item * batch * (rows * inner + inner * outputs + rows * outputs))
@@ -64,7 +68,19 @@ def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
         total += times * (flops / narrow + operands / stream + start)
     others = max(1.0, work.calls - sum(work.products.values()))
     size = work.moved / others / 3 / item
-    return total + max(work.moved / between(rates.bytes, max(1, int(size))), others * start)
+    total += max(work.moved / between(rates.bytes, max(1, int(size))), others * start)
+    return total + _seconds_of_kernels(work, rates, stream)
+
+
+def _seconds_of_kernels(work: Work, rates: Rates, stream: float) -> float:
+    """What kernels in C take, beside the start of their calls."""
+    total = work.passes / rates.passes if work.passes else 0.0
+    for (_, rows, outputs, inner), times in work.frozen.items():
+        operands = _BF16 * float(rows * inner + inner * outputs + rows * outputs)
+        total += times * (2.0 * rows * outputs * inner / between(rates.frozen, rows) + operands / stream)
+    for shape, times in work.narrow.items():  # their operands are in the cache
+        total += times * 2.0 * math.prod(shape) / between(rates.narrow, min(shape[1:]))
+    return total
 
 
 def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:

@@ -30,7 +30,7 @@ class Walks:
 
     def __init__(self, shapes: Shapes, config: PlanConfig, dtype: str) -> None:
         self.shapes, self.config, self.dtype = shapes, config, dtype
-        self._steps: dict[tuple[str, Point], Step] = {}
+        self._steps: dict[tuple[str, bool, Point], Step] = {}
 
     def under(self, config: PlanConfig) -> Walks:
         """The same for a config that differs in batch, length and gradient checkpointing only."""
@@ -66,31 +66,32 @@ class Walks:
             warnings.warn(message, stacklevel=2)
         return tuple(places)
 
-    def at(self, method: Method, batch: int, length: int) -> Step:
-        """A step of this many examples of this length, of the whole network."""
+    def at(self, method: Method, batch: int, length: int, *, kernels: bool = False) -> Step:
+        """A step of this many examples of this length, of the whole network; with `kernels` its work alone."""
         config = self.config
         point = Point.of(method, batch, length, config.lora.r)
-        key = (config.gradient_checkpointing, point)
+        key = (config.gradient_checkpointing, kernels, point)
         if key not in self._steps:
             asked = {"what": "step", "method": point.method, "batch": batch, "length": length,
                      "packing": config.packing, "supervised": config.supervised,
-                     "gradient_checkpointing": config.gradient_checkpointing,
+                     "gradient_checkpointing": config.gradient_checkpointing, **_with(kernels=kernels),
                      **self._change(config.lora if point.method == "lora" else None)}
-            self._steps[key] = self._formed(point) or self._answer(
-                asked, lambda: self._survey.step(config, point).to_json(), Step.from_json)
+            self._steps[key] = self._formed(point, kernels=kernels) or self._answer(
+                asked, lambda: self._survey.step(config, point, kernels=kernels).to_json(), Step.from_json)
         return self._steps[key]
 
-    def _formed(self, point: Point) -> Step | None:
+    def _formed(self, point: Point, *, kernels: bool = False) -> Step | None:
         """The step by a form that the package carries; None where it has none that covers this."""
         at = At(point.batch, point.length, point.rank, self.config.supervised_tokens(point.batch, point.length))
-        return recall_shipped(self.form_question(point.method), self.shapes.source, lambda forms: read_step(forms, at))
+        return recall_shipped(self.form_question(point.method, kernels=kernels), self.shapes.source,
+                              lambda forms: read_step(forms, at))
 
-    def form_question(self, method: Method) -> dict[str, Any]:
+    def form_question(self, method: Method, *, kernels: bool = False) -> dict[str, Any]:
         """What a form of steps of this way of tuning depends on."""
         config = self.config
         return self._question({
             "what": "form", "method": method, "packing": config.packing,
-            "gradient_checkpointing": config.gradient_checkpointing,
+            "gradient_checkpointing": config.gradient_checkpointing, **_with(kernels=kernels),
             **self._change(_at_any_rank(config.lora) if method == "lora" else None)})
 
     def _change(self, lora: LoraConfig | None) -> dict[str, Any]:
@@ -119,6 +120,11 @@ class Walks:
         from deltaw.plan.survey import Survey
 
         return Survey(self.shapes, self.dtype)
+
+
+def _with(*, kernels: bool) -> dict[str, Any]:
+    """A part of a question that asks for a step with kernels."""
+    return {"kernels": True} if kernels else {}
 
 
 def _read_places(answer: Any) -> tuple[list[Place], list[str]]:

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deltaw.core.compiled import NATIVE, NoKernel, passes, products_without_tiles
+from deltaw.core.compiled import NATIVE, are_made, passes
 from deltaw.train.terms import Terms
 
 
@@ -38,10 +38,7 @@ def is_there() -> bool:
 
 @cache
 def _was_made() -> bool:
-    try:
-        return products_without_tiles() and _library() is not None
-    except NoKernel:
-        return False
+    return are_made(_library)
 
 
 @cache

@@ -25,15 +25,16 @@ POINTS = [(1, 1000, 8, 1.0), (2, 4094, 3, 0.3), (5, 512, 32, 1.0), (32, 24, 8, 0
           (1, 2, 1, 1.0)]
 
 
-def formed(config: PlanConfig, method: Method, dtype: str) -> Step | None:
+def formed(config: PlanConfig, method: Method, dtype: str, *, kernels: bool = False) -> Step | None:
     if not kept.shipped(config.model):
         pytest.skip("the package's answers are of other versions of torch or transformers")
     point = Point.of(method, config.batch_size, config.max_length, config.lora.r)
-    return Walks(read_shapes(config.model, task=config.task), config, dtype)._formed(point)
+    return Walks(read_shapes(config.model, task=config.task), config, dtype)._formed(point, kernels=kernels)
 
 
 def ordered(work: Work) -> object:
-    return list(work.products.items()), work.attention, work.moved, work.calls
+    return [list(products.items()) for products in work.all_products], work.attention, work.moved, work.calls, \
+        work.passes, work.drawn
 
 
 @pytest.mark.parametrize("mode", ["off", "layer"])
@@ -52,6 +53,23 @@ def test_a_form_says_what_a_walk_says(model: str, method: Method, dtype: str, mo
     assert found is not None
     assert ordered(found.work) == ordered(expected.work)
     assert ordered(found.forward_work) == ordered(expected.forward_work)
+
+
+@pytest.mark.parametrize("mode", ["off", "layer"])
+@pytest.mark.parametrize(("model", "method", "task"), [
+    ("llama3-70b", "lora", "causal-lm"), ("smollm2-135m", "full", "causal-lm"), ("gpt2-large", "lora", "causal-lm"),
+    ("bert-base", "lora", "seq-cls")])
+@pytest.mark.parametrize("at", [(2, 400, 3, 0.3), (5, 512, 32, 1.0), (1, 2, 1, 1.0)], ids=str)
+def test_a_form_says_what_a_walk_on_kernels_says(model: str, method: Method, task: str, mode: str,
+                                                 at: tuple[int, int, int, float]) -> None:
+    batch, length, rank, supervised = at
+    config = replace(PlanConfig(model=model, batch_size=batch, max_length=length, supervised=supervised),
+                     task=task, lora=LoraConfig(r=rank), gradient_checkpointing=mode)  # type: ignore[arg-type]
+    found = formed(config, method, "bfloat16", kernels=True)
+    expected = Steps(read_shapes(model, task=task), config, torch.bfloat16, kernels=True).at(method, batch, length)
+    assert found is not None
+    assert ordered(found.work) == ordered(expected.work)
+    assert bool(found.work.narrow) == (method == "lora")
 
 
 @pytest.mark.parametrize("mode", ["off", "layer"])
