@@ -175,7 +175,7 @@ def load_quantized(skeleton: PreTrainedModel, folder: Path, config: Any, dtype: 
                   for file in sorted(set(files.values()))}
         state = {key: opened[file].get_slice(key) for key, file in files.items()}
         if wanted.tables != "none":
-            state = stored_rows(state, skeleton)
+            state = stored_rows(state, skeleton, {key: folder / file for key, file in files.items()})
         model, report = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, device_map={"": device}, output_loading_info=True,
             ignore_mismatched_sizes=True, quantization_config=_settings(wanted, dtype, keep, own=True))

@@ -8,6 +8,7 @@ that a table is never held in 16 bits.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def packed_table(model: nn.Module, parameter: str) -> PackedTable | None:
 class StoredRows:
     """A table in a safetensors file, in the place of the tensor that transformers would read whole."""
 
-    def __init__(self, stored: Any) -> None:
-        self.stored, self.device = stored, torch.device("cpu")
+    def __init__(self, file: Path, key: str) -> None:
+        self.file, self.key, self.device = file, key, torch.device("cpu")
 
     def __getitem__(self, _: Any) -> StoredRows:
         """Itself: transformers asks for all of it, and is given it packed (`packed`)."""
@@ -89,9 +90,16 @@ class StoredRows:
         return self
 
     def packed(self) -> Int8Rows:
-        """The table, read and packed a strip of rows at a time."""
-        rows, columns = self.stored.get_shape()
-        return pack_table(self.stored, (rows, columns), self.device)
+        """The table, read and packed a strip of rows at a time.
+
+        Out of a mapped file: one that is read by position gives each strip by reading all of its tensor.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt", backend="mmap") as mapped:
+            stored = mapped.get_slice(self.key)
+            rows, columns = stored.get_shape()
+            return pack_table(stored, (rows, columns), self.device)
 
 
 def packed_from(given: Any) -> Int8Rows:
@@ -102,8 +110,8 @@ def packed_from(given: Any) -> Int8Rows:
     return pack_table(W, (W.shape[0], W.shape[1]), W.device)
 
 
-def stored_rows(state: Mapping[str, Any], skeleton: Any) -> dict[str, Any]:
-    """The same slices of a checkpoint, its tables as `StoredRows`.
+def stored_rows(state: Mapping[str, Any], skeleton: Any, files: Mapping[str, Path]) -> dict[str, Any]:
+    """The same slices of a checkpoint, its tables as `StoredRows` of the files they are in.
 
     A checkpoint may name its base network otherwise, so they are found by the end of their names, where nothing else of
     the model is called so.
@@ -112,7 +120,8 @@ def stored_rows(state: Mapping[str, Any], skeleton: Any) -> dict[str, Any]:
     others = {_end(f"{name}.{leaf}") for name, module in skeleton.named_modules() if name not in tables
               for leaf in module._parameters}
     ends = {_end(f"{name}.weight") for name in tables} - others
-    return {key: StoredRows(value) if _is_table(key, value, ends) else value for key, value in state.items()}
+    return {key: StoredRows(files[key], key) if _is_table(key, value, ends) else value
+            for key, value in state.items()}
 
 
 def _is_table(key: str, value: Any, ends: Collection[str]) -> bool:
