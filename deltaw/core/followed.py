@@ -2,7 +2,8 @@
 
 A plan runs the real step on torch's meta device and listens. torch's operations are heard there, a call of a kernel in
 C is not, and where the step is planned for a machine with the kernels it is theirs that counts. So within `followed`
-the kernels take tensors without values, and each call goes to the listener. Whether this machine has them is no matter.
+the kernels take tensors without values too, and each such call goes to the listener. Whether this machine has them is
+no matter; what has values is computed as ever.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _listener: Listener | None = None
 
 @contextmanager
 def followed(listener: Listener) -> Iterator[None]:
-    """Kernels of bfloat16 take tensors without values, and no others, for the length of the block."""
+    """Kernels of bfloat16 take tensors without values too, for the length of the block."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -42,12 +43,11 @@ def followed(listener: Listener) -> Iterator[None]:
         _listener = before
 
 
-def listening() -> Listener | None:
-    """Who listens, if anybody does."""
-    return _listener
+def listener_of(tensor: Tensor) -> Listener | None:
+    """Who is told of a call with this tensor; None where it has values, and the call is to be made."""
+    return _listener if tensor.is_meta else None
 
 
 def are_served(*tensors: Tensor) -> bool:
-    """Whether tensors are of the kind that kernels take: bfloat16, in a processor's memory."""
-    home = "cpu" if _listener is None else "meta"
-    return all(t.dtype == torch.bfloat16 and t.device.type == home for t in tensors)
+    """Whether tensors are of the kind that kernels take: bfloat16, in a processor's memory or followed."""
+    return all(t.dtype == torch.bfloat16 and (t.device.type == "cpu" or listener_of(t) is not None) for t in tensors)

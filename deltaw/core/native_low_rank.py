@@ -93,7 +93,7 @@ class _Job(ctypes.Structure):
 
 def takes(x: Tensor) -> bool:
     """Whether the kernel is for an input (..., I) such as this; asked first, since it costs nothing."""
-    return followed.are_served(x) and x.shape[-1] % 32 == 0 and (followed.listening() is not None or is_there())
+    return followed.are_served(x) and x.shape[-1] % 32 == 0 and (x.is_meta or is_there())
 
 
 def fits(x: Tensor, outputs: Sequence[int], segments: Sequence[Segment]) -> bool:
@@ -200,7 +200,7 @@ def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tens
 
 def _run(direction: str, segments: Packed, x: Tensor, dx: Tensor | None, h: Tensor, y: Sequence[Tensor | None],
          dense: Sequence[Dense], onto_dx: bool = False) -> None:
-    listener = followed.listening()
+    listener = followed.listener_of(x)
     if listener is not None:
         ahead = direction == "forward"
         _tell(listener, segments, x, y, dense, ahead=ahead, of_x=ahead or dx is not None)

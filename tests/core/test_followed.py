@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltaw.bases import native_rows
 from deltaw.core import native_low_rank
-from deltaw.core.followed import Shape, followed, listening
+from deltaw.core.followed import Shape, followed
 from deltaw.core.frozen import Projection
 from deltaw.core.kernels import low_rank_linear
 
@@ -78,12 +78,23 @@ def test_passes_tell_the_bytes_that_they_read_and_write() -> None:
     assert heard.moved == [2 * 7 * 64 * n for n in (2, 3, 5, 4)]
 
 
-def test_only_tensors_without_values_are_taken_and_only_in_the_block() -> None:
+def test_tensors_without_values_are_taken_in_the_block_alone() -> None:
     assert not native_low_rank.takes(empty(5, 64))
     with followed(Heard()):
-        assert listening() is not None
         assert native_low_rank.takes(empty(5, 64))
-        assert not native_low_rank.takes(torch.empty(5, 64, dtype=HALF))
         assert not native_low_rank.takes(empty(5, 64, dtype=torch.float32))
-    assert listening() is None
     assert not native_low_rank.takes(empty(5, 64))
+
+
+def test_what_has_values_is_computed_while_somebody_listens() -> None:
+    """Another thread may train while a step is followed."""
+    heard, x = Heard(), torch.ones(5, 64, dtype=HALF)
+    A, B = torch.ones(2, 64).requires_grad_(), torch.ones(32, 2).requires_grad_()
+    with followed(heard):
+        y, = low_rank_linear(x, [Projection(torch.ones(32, 64, dtype=HALF), None, A, B, 1.0)])
+        y.sum().backward()
+    assert torch.equal(y, torch.full((5, 32), 64.0 + 128.0, dtype=HALF))
+    assert A.grad is not None
+    assert torch.equal(A.grad, torch.full((2, 64), 5.0 * 32))
+    assert not heard.frozen
+    assert not heard.narrow
