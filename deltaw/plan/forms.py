@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deltaw.plan.found import Step, Work
+from deltaw.plan.found import Products, Step, Work
 
 Polynomial = Mapping[str, int]
 """Coefficients by product, one letter for each factor: {"": 5, "BTT": 2} is 5 + 2·B·T². Letters are `At`'s fields."""
@@ -67,8 +67,8 @@ class WorkForm(NamedTuple):
                     float(at.value(self.passes)), float(at.value(self.drawn)))
 
 
-def _products_at(products: Sequence[Sequence[Polynomial]], at: At) -> Counter[tuple[int, int, int, int]]:
-    found: Counter[tuple[int, int, int, int]] = Counter()
+def _products_at(products: Sequence[Sequence[Polynomial]], at: At) -> Products:
+    found: Products = Counter()
     for sizes in products:
         batch, rows, outputs, inner, times = map(at.value, sizes)
         found[batch, rows, outputs, inner] += times

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from deltaw.plan.config import Method
 from deltaw.plan.counts import Dimensions
+
+Products = Counter[tuple[int, int, int, int]]
+"""How often there is a matrix product of each (batch, M, N, K)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +86,16 @@ class Place(NamedTuple):
 class Work:
     """What operations cost, by class. Matrix products by (batch, M, N, K), the others by the bytes they move."""
 
-    products: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    products: Products = field(default_factory=Counter)
     attention: float = 0.0
     """Multiplications and additions inside fused attention."""
     moved: float = 0.0
     """Bytes read and written by everything that is no product."""
     calls: float = 0.0
     """Operations started."""
-    frozen: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    frozen: Products = field(default_factory=Counter)
     """Products with frozen weights inside of kernels in C, where those are followed."""
-    narrow: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    narrow: Products = field(default_factory=Counter)
     """Those of low-rank changes among them."""
     passes: float = 0.0
     """Bytes read and written by kernels in C that multiply no matrices."""
@@ -106,7 +109,7 @@ class Work:
                                     for shape, times in products.items())
 
     @property
-    def all_products(self) -> tuple[Counter[tuple[int, int, int, int]], ...]:
+    def all_products(self) -> tuple[Products, ...]:
         """Of each kind."""
         return self.products, self.frozen, self.narrow
 
@@ -133,15 +136,14 @@ class Work:
         return cls(_counted(products), attention, moved, calls, _counted(frozen), _counted(narrow), passes, drawn)
 
 
-def _sum(one: Mapping[tuple[int, int, int, int], float], other: Mapping[tuple[int, int, int, int], float],
-         times: float) -> Counter[tuple[int, int, int, int]]:
-    both: Counter[tuple[int, int, int, int]] = Counter(one)
+def _sum(one: Products, other: Products, times: float) -> Products:
+    both = Counter(one)
     for shape, count in other.items():
         both[shape] += count * times  # type: ignore[assignment]  # a share of a layer is no whole number
     return both
 
 
-def _counted(products: Sequence[Any]) -> Counter[tuple[int, int, int, int]]:
+def _counted(products: Sequence[Any]) -> Products:
     return Counter({(b, m, n, k): count for b, m, n, k, count in products})
 
 

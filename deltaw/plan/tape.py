@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deltaw.core.followed import Shape
-from deltaw.plan.found import Work
+from deltaw.plan.found import Products, Work
 
 _aten = torch.ops.aten
 _CREATING = {"empty", "zeros", "ones", "full", "new_empty", "new_zeros", "empty_like", "zeros_like", "arange"}
@@ -46,9 +46,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = 0
         self.heights = [0]
         """Bytes alive after each tensor that came, since the last `restart`."""
-        self._products: Counter[tuple[int, int, int, int]] = Counter()
-        self._frozen: Counter[tuple[int, int, int, int]] = Counter()
-        self._narrow: Counter[tuple[int, int, int, int]] = Counter()
+        self._products: Products = Counter()
+        self._frozen: Products = Counter()
+        self._narrow: Products = Counter()
         self._attention = self._moved = self._calls = self._passes = self._drawn = 0.0
         self._sizes: dict[int, int] = {}
         for tensor in known:

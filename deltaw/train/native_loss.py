@@ -31,13 +31,9 @@ def fits(z_NV: Tensor, targets_N: Tensor) -> bool:
             and is_there())
 
 
+@cache
 def is_there() -> bool:
     """Whether this machine has the kernel."""
-    return _was_made()
-
-
-@cache
-def _was_made() -> bool:
     return are_made(_library)
 
 
