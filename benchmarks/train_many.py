@@ -244,16 +244,16 @@ def many_adapters(where: Where, base: bases.Base, repeats: int, *, tokens: int, 
 
 def quantized(where: Where, repeats: int) -> list[Case]:
     """How often packed weights are unpacked in a step of eight adapters and of one, and what sharing saves."""
-    from deltaw.core.packed import Packed
+    from deltaw.core import native_weight, packed
 
     base = where.base(quantize="nf4")
-    lora, plain, count = deltaw.LoraConfig(r=8, lora_alpha=16), Packed.strips, [0]
+    lora, plain, count = deltaw.LoraConfig(r=8, lora_alpha=16), packed.unpacked_absmax, [0]
 
-    def counting(self: Packed, *args: Any) -> Any:
+    def counting(state: Any) -> Any:
         count[0] += 1
-        return plain(self, *args)
+        return plain(state)
 
-    Packed.strips = counting  # type: ignore[method-assign]
+    packed.unpacked_absmax = native_weight.unpacked_absmax = counting  # asked for whenever a weight is unpacked
     calls, together, alone = {}, [], []
     try:
         for number in (1, 8):
@@ -269,7 +269,7 @@ def quantized(where: Where, repeats: int) -> list[Case]:
                         together.append(where.seconds(lambda: rounds(many, 512, 1)))
                         alone.append(where.seconds(lambda: rounds(many, 64, 8)))
     finally:
-        Packed.strips = plain  # type: ignore[method-assign]
+        packed.unpacked_absmax = native_weight.unpacked_absmax = plain
     return [Case("NF4: weights unpacked in a step of 8 adapters", "times", calls[8], calls[1], "1 adapter", 1.0),
             Case("NF4: 8 adapters, 1 x 64 tokens, r=8", "tok/s", 512 / statistics.median(together),
                  512 / statistics.median(alone), "one after the other", 1.6, better="higher")]

@@ -2,8 +2,8 @@
 
     y = x Wᵀ + b,   dx = g W
 
-A quantized W is unpacked a strip of rows at a time into one buffer for all layers; each strip is multiplied while it is
-in the cache. Nothing here gives W or b a gradient.
+A quantized W is read by the kernel as it is, or else unpacked a strip of rows at a time into one buffer for all layers;
+each strip is multiplied while it is in the cache. Nothing here gives W or b a gradient.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Stripped(NamedTuple):
 
     def write_product(self, x_NI: Tensor, b: Tensor | None, y_NO: Tensor) -> None:
         """Write x Wᵀ + b to y."""
+        if native_low_rank.product(x_NI, self.packed, b, y_NO):
+            return
         for rows, W_RI in self.packed.strips(x_NI.dtype, self.workspace):
             write_product(x_NI, W_RI, None if b is None else b[rows], y_NO[:, rows])
 
@@ -41,6 +43,9 @@ class Stripped(NamedTuple):
         if torch.is_grad_enabled():  # a second derivative keeps W, so it cannot lie in memory that is used again
             dense = g_NO @ self.packed.dense(g_NO.dtype)
             return dense if dx_NI is None else dx_NI.add_(dense)
+        to = g_NO.new_empty(len(g_NO), self.shape[1]) if dx_NI is None else dx_NI
+        if native_low_rank.transposed_product(g_NO, self.packed, to, add=dx_NI is not None):
+            return to
         for rows, W_RI in self.packed.strips(g_NO.dtype, self.workspace):
             dx_NI = add_transposed(g_NO[:, rows], W_RI, dx_NI)
         assert dx_NI is not None  # a weight has rows

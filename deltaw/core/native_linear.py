@@ -15,7 +15,8 @@ from torch import Tensor
 from deltaw.core import native_low_rank
 from deltaw.core.bank import Place
 from deltaw.core.frozen import Projection, Stripped, output_for, reference, through_frozen, write_product
-from deltaw.core.native_low_rank import Dense, Packed, Part, Segment, Target
+from deltaw.core.native_low_rank import Packed, Part, Segment, Target
+from deltaw.core.native_weight import FrozenLayer
 
 
 def native_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...] | None:
@@ -37,17 +38,17 @@ def outputs(x_TI: Tensor, y: Sequence[Tensor], W: Sequence[Tensor | Stripped | N
 
     A W of None is an output of the change alone.
     """
-    dense = [_dense(x_TI, W_OI, bias) for W_OI, bias in zip(W, b, strict=True)]
-    for y_TO, W_OI, bias, own in zip(y, W, b, dense, strict=True):
+    layers = [_layer(x_TI, W_OI, bias) for W_OI, bias in zip(W, b, strict=True)]
+    for y_TO, W_OI, bias, own in zip(y, W, b, layers, strict=True):
         if own.W is None:
             write_product(x_TI, W_OI, bias, y_TO)
-    return native_low_rank.forward(x_TI, y, segments, dense)
+    return native_low_rank.forward(x_TI, y, segments, layers)
 
 
-def _dense(x_TI: Tensor, W: Tensor | Stripped | None, b: Tensor | None) -> Dense:
+def _layer(x_TI: Tensor, W: Tensor | Stripped | None, b: Tensor | None) -> FrozenLayer:
     """What the kernel multiplies with itself; nothing where others do."""
-    dense = Dense(W, b) if isinstance(W, Tensor) else Dense()
-    return dense if dense.fits(x_TI) else Dense()
+    layer = FrozenLayer(W.packed if isinstance(W, Stripped) else W, b)
+    return layer if layer.fits(x_TI) else FrozenLayer()
 
 
 def gradients(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | None],
@@ -77,11 +78,11 @@ def through(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], W: Sequence[
             segments: Packed, *, of_x: bool) -> Tensor | None:
     """Write the gradients of all parts to their targets; returns dx (T, I), None where nobody asks."""
     g = [None if g_TO is None else g_TO.contiguous() for g_TO in g]
-    dense = [_dense(x_TI, W_OI, None) for W_OI in W]
-    others = [W_OI if own.W is None else None for W_OI, own in zip(W, dense, strict=True)]
+    layers = [_layer(x_TI, W_OI, None) for W_OI in W]
+    others = [W_OI if own.W is None else None for W_OI, own in zip(W, layers, strict=True)]
     found = any(W_OI is not None and g_TO is not None for W_OI, g_TO in zip(others, g, strict=True))
     dx_TI = None if not of_x else through_frozen(g, others, x_TI) if found else x_TI.new_empty(x_TI.shape)
-    native_low_rank.backward(x_TI, h_TC, g, dx_TI, segments, dense, onto_dx=found)
+    native_low_rank.backward(x_TI, h_TC, g, dx_TI, segments, layers, onto_dx=found)
     return dx_TI
 
 

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from deltaw.core import followed
 from deltaw.core.compiled import NATIVE, are_made, passes
+from deltaw.core.native_weight import FrozenLayer
+from deltaw.core.packed import Packed as Codes
 
 WIDEST = 256
 """Most columns of h; wider products are as quick by themselves."""
-_PART, _SEGMENT, _ROWS, _FROZEN = (struct.Struct(form) for form in ("qqQQQQd", "qqqq", "Qqq", "QQqq"))
+_PART, _SEGMENT, _ROWS = (struct.Struct(form) for form in ("qqQQQQd", "qqqq", "Qqq"))
 
 
 class Part(NamedTuple):
@@ -65,19 +67,6 @@ class Packed(NamedTuple):
     """The most that a segment has."""
     wide: bool
     """Whether factors are float32."""
-
-
-class Dense(NamedTuple):
-    """A frozen W (O, I) and b (O,) or None that the kernel multiplies with; no W where that is done elsewhere."""
-
-    W: Tensor | None = None
-    b: Tensor | None = None
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether the kernel can multiply x (T, I), which it takes, or a gradient of its format with it."""
-        W, b = self
-        return (W is not None and W.dtype == x.dtype and 1 in W.stride() and W.shape[0] % 32 == W.shape[1] % 32 == 0
-                and (b is None or (b.dtype == x.dtype and b.is_contiguous())))
 
 
 class _Rows(ctypes.Structure):
@@ -150,28 +139,28 @@ def packed(segments: Sequence[Segment], targets: Sequence[Target] = ()) -> Packe
 NOTHING = Packed(b"", b"", 0, wide=False)
 
 
-def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Packed, dense: Sequence[Dense]) -> Tensor:
-    """Write every product of `dense`, and add every change, to y (T, O) of each projection; returns h of `backward`."""
+def forward(x_TI: Tensor, y: Sequence[Tensor], segments: Packed, layers: Sequence[FrozenLayer]) -> Tensor:
+    """Write each layer's product, and add every change, to y (T, O) of its projection; returns h of `backward`."""
     h_TC = x_TI.new_zeros(len(x_TI), in_vectors(segments.columns))
-    _run("forward", segments, x_TI, None, h_TC, y, dense)
+    _run("forward", segments, x_TI, None, h_TC, y, layers)
     return h_TC
 
 
-def product(x_TI: Tensor, W_OI: Tensor, b_O: Tensor | None, y_TO: Tensor) -> bool:
+def product(x_TI: Tensor, W_OI: Tensor | Codes, b_O: Tensor | None, y_TO: Tensor) -> bool:
     """Write x Wᵀ + b to y, and return True, where the kernel is for it."""
-    dense = Dense(W_OI, b_O)
-    if not (_takes_now(x_TI) and dense.fits(x_TI) and y_TO.stride(1) == 1):
+    layer = FrozenLayer(W_OI, b_O)
+    if not (_takes_now(x_TI) and layer.fits(x_TI) and y_TO.stride(1) == 1):
         return False
-    _run("forward", NOTHING, x_TI, None, x_TI, [y_TO], [dense])
+    _run("forward", NOTHING, x_TI, None, x_TI, [y_TO], [layer])
     return True
 
 
-def transposed_product(g_TO: Tensor, W_OI: Tensor, dx_TI: Tensor, *, add: bool) -> bool:
+def transposed_product(g_TO: Tensor, W_OI: Tensor | Codes, dx_TI: Tensor, *, add: bool) -> bool:
     """Write g W to dx, or add it, and return True, where the kernel is for it."""
-    dense = Dense(W_OI)
-    if not (_takes_now(g_TO) and dense.fits(g_TO) and dx_TI.stride(1) == g_TO.stride(1) == 1):
+    layer = FrozenLayer(W_OI)
+    if not (_takes_now(g_TO) and layer.fits(g_TO) and dx_TI.stride(1) == g_TO.stride(1) == 1):
         return False
-    _run("backward", NOTHING, dx_TI, dx_TI, dx_TI, [g_TO], [dense], add)
+    _run("backward", NOTHING, dx_TI, dx_TI, dx_TI, [g_TO], [layer], add)
     return True
 
 
@@ -190,24 +179,25 @@ def in_vectors(columns: int) -> int:
 
 
 def backward(x_TI: Tensor, h_TC: Tensor, g: Sequence[Tensor | None], dx_TI: Tensor | None, segments: Packed,
-             dense: Sequence[Dense], *, onto_dx: bool) -> None:
+             layers: Sequence[FrozenLayer], *, onto_dx: bool) -> None:
     """Write the gradients of all parts to their targets, from g of each y; write x's to dx (T, I), or add them.
 
     Targets of a part whose y has no g stay as they are.
     """
-    _run("backward", segments, x_TI, dx_TI, h_TC, g, dense, onto_dx)
+    _run("backward", segments, x_TI, dx_TI, h_TC, g, layers, onto_dx)
 
 
 def _run(direction: str, segments: Packed, x: Tensor, dx: Tensor | None, h: Tensor, y: Sequence[Tensor | None],
-         dense: Sequence[Dense], onto_dx: bool = False) -> None:
+         layers: Sequence[FrozenLayer], onto_dx: bool = False) -> None:
     listener = followed.listener_of(x)
     if listener is not None:
         ahead = direction == "forward"
-        _tell(listener, segments, x, y, dense, ahead=ahead, of_x=ahead or dx is not None)
+        _tell(listener, segments, x, y, layers, ahead=ahead, of_x=ahead or dx is not None)
         return
     x = x if x.stride(1) == 1 else x.contiguous()
+    frozen = [layer.told() for layer in layers]
     job = _Job(len(x), len(segments.spans) // _SEGMENT.size, len(y), torch.get_num_threads(), segments.wide, onto_dx,
-               segments.spans, segments.parts, b"".join(map(_frozen, dense)),
+               segments.spans, segments.parts, b"".join(told for told, _ in frozen),
                _rows(x), _Rows() if dx is None else _rows(dx), _rows(h),
                b"".join(_ROWS.pack(0, 0, 0) if t is None else _ROWS.pack(t.data_ptr(), t.stride(0), t.shape[1])
                         for t in y))
@@ -215,11 +205,11 @@ def _run(direction: str, segments: Packed, x: Tensor, dx: Tensor | None, h: Tens
         raise MemoryError("low-rank products: there is no memory for their buffers; take smaller batches")
 
 
-def _tell(listener: followed.Listener, segments: Packed, x: Tensor, y: Sequence[Tensor | None], dense: Sequence[Dense],
-          *, ahead: bool, of_x: bool) -> None:
+def _tell(listener: followed.Listener, segments: Packed, x: Tensor, y: Sequence[Tensor | None],
+          layers: Sequence[FrozenLayer], *, ahead: bool, of_x: bool) -> None:
     """(M, N, K) of each product in a call: of y and h, or of dx, dh and the gradients of factors."""
     (tokens, inputs), widths = x.shape, [0 if t is None else t.shape[1] for t in y]
-    frozen = [width for width, layer in zip(widths, dense, strict=True) if layer.W is not None and width and of_x]
+    frozen = [width for width, layer in zip(widths, layers, strict=True) if layer.W is not None and width and of_x]
     narrow: list[followed.Shape] = []
     parts = list(_PART.iter_unpack(segments.parts))
     for start, stop, first, count in _SEGMENT.iter_unpack(segments.spans):
@@ -231,12 +221,6 @@ def _tell(listener: followed.Listener, segments: Packed, x: Tensor, y: Sequence[
             elif width:
                 narrow += [(own, rank, width), (width, rank, own), (rank, inputs, own)] + [(own, inputs, rank)] * of_x
     listener.hear_products([(tokens, width, inputs) if ahead else (tokens, inputs, width) for width in frozen], narrow)
-
-
-def _frozen(layer: Dense) -> bytes:
-    W, b = layer
-    return _FROZEN.pack(0, 0, 0, 0) if W is None else \
-        _FROZEN.pack(W.data_ptr(), 0 if b is None else b.data_ptr(), *W.stride())
 
 
 def _rows(t: Tensor) -> _Rows:

@@ -6,6 +6,7 @@
 A whole unpacked layer is a new allocation of hundreds of megabytes, and touching new memory takes longer than the
 unpacking. A strip is written into a buffer that is used again for the next one, and is still in the processor's cache
 when it is multiplied. bitsandbytes' own kernel writes it, to the bits of `bitsandbytes.functional.dequantize_4bit`.
+Where the kernel of the product reads codes itself (`native_weight`) no strip is made.
 On a GPU a layer is one strip, which `unpacking_gpu` writes in one launch, in memory that torch's allocator hands out
 again. Where neither kernel can be used bitsandbytes unpacks the layer.
 """

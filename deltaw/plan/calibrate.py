@@ -58,7 +58,8 @@ class Rates:
     drawn: float = 0.0
     """Random values a second."""
     unpack: float = 0.0
-    """Numbers of a 4-bit weight that are unpacked a second; 0 where bitsandbytes is not installed."""
+    """Numbers of a 4-bit weight that are unpacked a second, beside what a product takes; 0 where bitsandbytes is not
+    installed."""
     adamw8bit: Mapping[int, float] = field(default_factory=dict)
     """Numbers a second that an 8-bit AdamW updates, by the numbers of a tensor; empty without bitsandbytes."""
     frozen: Mapping[int, float] = field(default_factory=dict)
@@ -79,7 +80,8 @@ class Rates:
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|unpack|adamw8bit|kernels and masks"
+    measured = "unpack in panels|adamw8bit|kernels and masks"
+    facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|{measured}"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
 
@@ -118,7 +120,7 @@ def _round(dtype: torch.dtype) -> dict[str, Any]:
                  "narrow_inner": {k: _product(dtype, 1024, _WIDE, k) for k in NARROW},
                  "attention": _attention(dtype), "bytes": {n: _added(dtype, n) for n in SIZES},
                  "unpack": _unpacked(dtype), "drawn": _drawn(dtype)}
-        found |= kernel_rates(seconds) if dtype == torch.bfloat16 else {}
+        found |= kernel_rates(seconds, unpacking=_has_bitsandbytes()) if dtype == torch.bfloat16 else {}
     found["adamw8bit"] = {n: _updated(n) for n in STATES} if _has_bitsandbytes() else {}
     return found | {"start": _start()}
 

@@ -77,7 +77,8 @@ def test_seconds_are_those_of_each_part() -> None:
 
 @pytest.mark.skipif(not native_low_rank.is_there(), reason="this machine has no kernels of products in bfloat16")
 def test_rates_of_this_machine() -> None:
-    found = kernel_rates(lambda run: (run(), 1e-3)[1])
+    found = kernel_rates(lambda run: (run(), 1e-3)[1], unpacking=False)
+    assert set(found) == {"frozen", "narrow", "passes"}
     assert set(found["frozen"]) == set(TOKENS)
     assert found["frozen"][4] == pytest.approx(4 * found["frozen"][1])
     assert set(found["narrow"]) == set(RANKS)
@@ -85,6 +86,20 @@ def test_rates_of_this_machine() -> None:
     assert found["passes"] == pytest.approx(10 * 1024 * 768 / 1e-3)
 
 
+@pytest.mark.skipif(not native_low_rank.is_there(), reason="this machine has no kernels of products in bfloat16")
+def test_unpacking_is_what_codes_take_more_than_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    products = []
+
+    def more(longer: Callable[[], object], shorter: Callable[[], object]) -> float:
+        products.append((longer(), shorter()))
+        return 0.5
+
+    monkeypatch.setattr(calibrate_kernels, "_seconds_more", more)
+    assert kernel_rates(lambda run: 1e-3, unpacking=True)["unpack"] == 4 * 768 * 768 / 0.5
+    assert len(products) == len(RANKS) + 1
+
+
 def test_no_rates_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate_kernels.native_low_rank, "is_there", lambda: False)
-    assert kernel_rates(lambda run: 1.0) == {}
+    assert kernel_rates(lambda run: 1.0, unpacking=True) == {}

@@ -17,8 +17,8 @@ typedef struct {
 } Segment;
 
 typedef struct {
-    const half *W, *b;                  /* W may be none, and is in y and dx already then; b may be none */
-    int64_t by_output, by_input;        /* strides */
+    Weight W;                           /* its data may be none, and is in y and dx already then */
+    const half *b;                      /* may be none */
 } Frozen;
 
 typedef struct {

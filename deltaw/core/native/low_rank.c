@@ -3,7 +3,8 @@
        h = s·x [A1; A2; …]T      yi = x WiT + bi + hi BiT                        for each segment and projection i
        dh = [s·gi Bi]            dx = Σ gi Wi + dh [A1; A2; …]     dA = dhT x     dBi = giT hi
 
-   A and B are float32 or bfloat16 where they lie, their gradients float32 where they will lie; W and b are bfloat16.
+   A and B are float32 or bfloat16 where they lie, their gradients float32 where they will lie; b is bfloat16, and so
+   is W, or it is in codes.
    Sums are float32; h and dh are rounded to bfloat16, and y and dx once. Each number is summed in an order of its
    segment alone: neither its neighbours nor the number of threads change a bit of it. */
 
@@ -11,6 +12,7 @@
 #include "layout.h"
 #include "vectors.h"
 #include "factors.h"
+#include "codes.h"
 #include "panels.h"
 #include "job.h"
 #include "targets.h"
@@ -85,9 +87,8 @@ static void write_y(const Job *job, const Piece *piece, pair *panel, float *sums
     const Frozen *f = job->frozen + piece->which;
     const Rows y = job->y[piece->which];
     long a, b;
-    if (f->W)
-        add_product(job->x, piece->start, piece->stop, (Weight){f->W, f->by_input, f->by_output}, piece->column,
-                    piece->width, panel, sums, false);
+    if (f->W.data)
+        add_product(job->x, piece->start, piece->stop, &f->W, true, piece->column, piece->width, panel, sums, false);
     else read_sums(y, piece->start, piece->stop, piece->column, piece->width, sums);
     for (const Segment *s = job->segment; s < job->segment + job->segments; s++) {
         if (!common(s, piece, &a, &b)) continue;
@@ -100,7 +101,7 @@ static void write_y(const Job *job, const Piece *piece, pair *panel, float *sums
                     panel, piece->width, sums + (a - piece->start) * PANEL, PANEL, true);
         }
     }
-    write_sums(sums, f->W ? f->b : NULL, y, piece->start, piece->stop, piece->column, piece->width);
+    write_sums(sums, f->W.data ? f->b : NULL, y, piece->start, piece->stop, piece->column, piece->width);
 }
 
 static void write_dx(const Job *job, const Piece *piece, const half *dh, pair *panel, float *sums)
@@ -110,9 +111,8 @@ static void write_dx(const Job *job, const Piece *piece, const half *dh, pair *p
     if (any) read_sums(job->dx, piece->start, piece->stop, piece->column, piece->width, sums);
     for (long i = 0; i < job->projections; i++) {
         const Frozen *f = job->frozen + i;
-        if (!f->W || !job->y[i].data) continue;
-        add_product(job->y[i], piece->start, piece->stop, (Weight){f->W, f->by_output, f->by_input}, piece->column,
-                    piece->width, panel, sums, any);
+        if (!f->W.data || !job->y[i].data) continue;
+        add_product(job->y[i], piece->start, piece->stop, &f->W, false, piece->column, piece->width, panel, sums, any);
         any = true;
     }
     if (!any) memset(sums, 0, (piece->stop - piece->start) * PANEL * sizeof(float));

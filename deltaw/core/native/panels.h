@@ -1,4 +1,4 @@
-/* Products with a weight of bfloat16 as it lies, which is laid out anew a panel of columns at a time.
+/* Products with a frozen weight as it lies, which is laid out anew a panel of columns at a time.
 
    A panel stays in the second cache while all rows go by; laying it out takes a hundredth of a product with a thousand
    rows. Depths and widths are multiples of 32. */
@@ -9,11 +9,6 @@ typedef struct {
     half *data;
     int64_t stride, width;
 } Rows;
-
-typedef struct {
-    const half *data;
-    int64_t by_depth, by_column;        /* strides, one of which is 1 */
-} Weight;
 
 /* Rows (width, depth) as the paired B (depth / 2, width) of their transpose. */
 static void rows_as_columns(const half *x, long stride, long depth, long width, pair *out)
@@ -26,15 +21,28 @@ static void rows_as_columns(const half *x, long stride, long depth, long width, 
         }
 }
 
-/* sums (rows, width ≤ PANEL) (+)= A·W[:, column : column + width]; their rows lie PANEL apart. */
-static void add_product(Rows A, long start, long stop, Weight W, long column, long width, pair *panel, float *sums,
-                        bool add)
+/* A panel of W: what is summed over, its inputs forward and its outputs back, from `k` on; columns from `column` on. */
+static void lay_out(const Weight *W, bool forward, long k, long depth, long column, long width, pair *panel)
+{
+    const long output = forward ? column : k, input = forward ? k : column;
+    const half *at = (const half *)W->data + output * W->by_output + input * W->by_input;
+    switch (W->bits) {
+    case 4: (forward ? rows_of_4_bits : columns_of_4_bits)(W, output, input, depth, width, panel); break;
+    case 8: (forward ? rows_of_8_bits : columns_of_8_bits)(W, output, input, depth, width, panel); break;
+    default:
+        if ((forward ? W->by_input : W->by_output) == 1)
+            rows_as_columns(at, forward ? W->by_output : W->by_input, depth, width, panel);
+        else paired(at, forward ? W->by_input : W->by_output, depth, width, panel);
+    }
+}
+
+/* sums (rows, width ≤ PANEL) (+)= A·WT forward, A·W back, columns from `column` on; their rows lie PANEL apart. */
+static void add_product(Rows A, long start, long stop, const Weight *W, bool forward, long column, long width,
+                        pair *panel, float *sums, bool add)
 {
     for (long k = 0; k < A.width; k += DEPTH) {
         const long depth = MIN(DEPTH, A.width - k);
-        const half *at = W.data + k * W.by_depth + column * W.by_column;
-        if (W.by_depth == 1) rows_as_columns(at, W.by_column, depth, width, panel);
-        else paired(at, W.by_depth, depth, width, panel);
+        lay_out(W, forward, k, depth, column, width, panel);
         product(stop - start, width / 16, depth / 2, A.data + start * A.stride + k, A.stride, panel, width, sums, PANEL,
                 add || k);
     }
