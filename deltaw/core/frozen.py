@@ -122,8 +122,10 @@ def write_transposed(g_NO: Tensor, W_OI: Tensor, dx_NI: Tensor, *, add: bool = F
         torch.addmm(dx_NI, g_NO, W_OI, beta=float(add), out=dx_NI)
 
 
-def add_transposed(g_NO: Tensor, W_OI: Tensor, dx_NI: Tensor | None) -> Tensor:
+def add_transposed(g_NO: Tensor, W_OI: Tensor | Stripped, dx_NI: Tensor | None) -> Tensor:
     """dx + g W, in dx's memory where there is a dx."""
+    if isinstance(W_OI, Stripped):
+        return W_OI.add_transposed(g_NO, dx_NI)
     if torch.is_grad_enabled():  # a second derivative
         return g_NO @ W_OI if dx_NI is None else dx_NI.addmm_(g_NO, W_OI)
     to = g_NO.new_empty(len(g_NO), W_OI.shape[1]) if dx_NI is None else dx_NI
@@ -137,5 +139,5 @@ def through_frozen(g: Sequence[Tensor | None], W: Sequence[Tensor | Stripped | N
     for g_TO, W_OI in zip(g, W, strict=True):
         if g_TO is None or W_OI is None:
             continue
-        dx_TI = W_OI.add_transposed(g_TO, dx_TI) if isinstance(W_OI, Stripped) else add_transposed(g_TO, W_OI, dx_TI)
+        dx_TI = add_transposed(g_TO, W_OI, dx_TI)
     return torch.zeros_like(x_TI) if dx_TI is None else dx_TI

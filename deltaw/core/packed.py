@@ -33,6 +33,8 @@ STRIP = 1 << 22
 """Most numbers in a strip: 16 MB in float32."""
 GPU_STRIP = 1 << 25
 """The same of a table in 8 bits on a GPU, where each strip is a few launches."""
+VECTOR = 32
+"""Rows of a strip are a multiple of this."""
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -121,9 +123,7 @@ class Packed:
         if write is None and not (on_gpu and self.kind == "int8"):
             yield slice(0, count), self.dense(dtype)
             return
-        size = rows_of_a_strip(count, columns, on_gpu=on_gpu)
-        for start in range(0, count, size):
-            rows = slice(start, min(start + size, count))
+        for rows in places_of_strips(count, columns, on_gpu=on_gpu):
             if write is None:  # torch's allocator hands the last strip's memory out again
                 yield rows, self.codes[rows].to(dtype).mul_(self.absmax[rows].unsqueeze(1).mul(1.0 / 127.0))
                 continue
@@ -137,6 +137,11 @@ class Packed:
         codes = self.codes.index_select(0, flat).to(dtype)
         found = codes.mul_(self.absmax.index_select(0, flat).unsqueeze(1).mul(1.0 / 127.0))
         return found.view(*ids.shape, self.shape[1])
+
+    def part(self, rows: slice) -> Packed:
+        """Some rows of an int8 weight, in the same memory."""
+        codes = self.codes[rows]
+        return Packed("int8", codes, (len(codes), self.shape[1]), self.absmax[rows])
 
     def _writer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], None] | None:
         """What writes some rows of W into a tensor, or None where only bitsandbytes' own function knows how."""
@@ -164,9 +169,22 @@ class Packed:
         return write_4bit
 
 
+def places_of_strips(count: int, columns: int, *, on_gpu: bool = False) -> Iterator[slice]:
+    """Which rows of a weight (count, columns) are each strip."""
+    size = rows_of_a_strip(count, columns, on_gpu=on_gpu)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
 def rows_of_a_strip(count: int, columns: int, *, on_gpu: bool = False) -> int:
-    """Rows in each strip but the last of a weight (count, columns): strips of about the same size."""
-    return max(1, math.ceil(count / math.ceil(count * columns / (GPU_STRIP if on_gpu else STRIP))))
+    """Rows in each strip but the last of a weight (count, columns): strips of about the same size.
+
+    They are whole vectors, as kernels take them.
+
+    >>> rows_of_a_strip(151_936, 896)
+    4608
+    """
+    size = math.ceil(count / math.ceil(count * columns / (GPU_STRIP if on_gpu else STRIP)))
+    return size if size < VECTOR else -(-size // VECTOR) * VECTOR
 
 
 def packed_weight(host: nn.Module) -> Packed | None:

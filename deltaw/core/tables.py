@@ -2,9 +2,10 @@
 
     W[v] = codes[v] · absmax[v] / 127        codes (V, I) int8, absmax (V,) float32
 
-A lookup unpacks the rows that it finds. The product of the output layer unpacks a strip of rows at a time into memory
-that is used again (`packed.Packed.strips`), forward and backward, so that W never exists whole; only a compiler, which
-lays out memory itself, and a state dict, which has to hold plain numbers, are given all of it.
+A lookup unpacks the rows that it finds. The product of the output layer reads codes where its kernel can, and else
+unpacks a strip of rows at a time into memory that is used again (`packed.Packed.strips`), forward and backward, so that
+W never exists whole; only a compiler, which lays out memory itself, and a state dict, which has to hold plain numbers,
+are given all of it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.core import native_low_rank
 from deltaw.core.frozen import Stripped, frozen_linear
-from deltaw.core.packed import STRIP, Int8Rows, Packed, Workspace, packed_tensor
+from deltaw.core.native_weight import FrozenLayer
+from deltaw.core.packed import STRIP, Int8Rows, Packed, Workspace, packed_tensor, places_of_strips
 
 _WORKSPACE = Workspace()
 """Where output layers are unpacked: one for the process, since a model has one of them."""
@@ -117,9 +120,17 @@ class PackedHead(PackedTable, nn.Linear):  # type: ignore[misc]
         return frozen_linear(input, Stripped(self.packed, _WORKSPACE), bias)
 
 
-def head_strips(head: PackedHead, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of an output layer's W in turn, a strip (R, I) in `dtype` with its place in W; good until the next."""
-    return head.packed.strips(dtype, _WORKSPACE)
+def head_strips(head: PackedHead, x_NI: Tensor) -> Iterator[tuple[slice, Tensor | Stripped]]:
+    """The rows (R, I) of an output layer's W in turn, as products with x take them, with their place in W.
+
+    They are codes where the products' kernel reads those, and else a strip in x's format that is good until the next.
+    """
+    packed = head.packed
+    if not (native_low_rank.takes(x_NI) and FrozenLayer(packed).fits(x_NI)):
+        yield from packed.strips(x_NI.dtype, _WORKSPACE)
+        return
+    for rows in places_of_strips(*packed.shape):
+        yield rows, Stripped(packed.part(rows), _WORKSPACE)
 
 
 def _shared_dense(weight: Int8Rows, packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -26,6 +26,8 @@ STRIP = 1 << 22
 """Values of a packed weight that a CPU unpacks at once; as in `deltaw.core.packed`, which imports torch."""
 GPU_STRIP = 1 << 25
 """The same of a table in 8 bits on a GPU."""
+VECTOR = 32
+"""Rows of a strip are a multiple of this."""
 FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
 FRAMEWORK_MERGE = 400 << 20
@@ -153,6 +155,7 @@ def stretch(sizes: Sizes, config: PlanConfig, batch: int, length: int, *, gpu: b
     words = sizes.vocabulary
     if sizes.tables:
         words = math.ceil(words / math.ceil(words * sizes.width / (GPU_STRIP if gpu else STRIP)))
+        words = words if words < VECTOR else math.ceil(words / VECTOR) * VECTOR
     return stretch_of(config.supervised_tokens(batch, length), words), words
 
 

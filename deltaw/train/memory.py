@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.bases.exchanged import exchanged
 from deltaw.errors import BaseModelError, Fault
 
-_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 18
 _CPU = torch.device("cpu")
 
 
@@ -77,8 +77,8 @@ def release_at_once() -> bool:
     """Let the process give back the memory of each large tensor when it is freed; whether that could be arranged.
 
     glibc keeps freed memory in a heap that is full of holes after some layers: 0.8 GB of growth from 512 to 2,048
-    tokens where 0.13 are needed. Mapping each large tensor by itself costs page faults, a tenth to a fifth of a step's
-    time, so that it is for those who ask for memory. It stays so for the process.
+    tokens where 0.13 are needed. Mapping each tensor of 256 kB or more by itself costs page faults, a tenth to a fifth
+    of a step's time, so that it is for those who ask for memory. It stays so for the process.
     """
     libc = _glibc()
     return libc is not None and bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE))

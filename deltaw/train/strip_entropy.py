@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltaw.core.frozen import Stripped, add_transposed, write_product
 from deltaw.core.packed import rows_of_a_strip
 from deltaw.core.stretches import stretch_of
 from deltaw.core.tables import PackedHead, head_strips
@@ -60,24 +61,24 @@ class _Pass:
         self.rows_I = h_NI.new_zeros(h_NI.shape[1], dtype=self.wide) if learns and terms.smoothing else None
         """Σ W."""
         self.memory: dict[str, Tensor] = {}
-        for place, W_RI in head_strips(head, h_NI.dtype):
+        for place, W_RI in head_strips(head, h_NI):
             self.add(place, W_RI)
         self.lse_N1 = torch.logaddexp(self.most_N1 + self.sum_N1.log(), self.target_N1)
 
-    def add(self, place: slice, W_RI: Tensor) -> None:
+    def add(self, place: slice, W_RI: Tensor | Stripped) -> None:
         """Take one strip of the vocabulary in."""
-        z_NR = self.buffer("logits", len(self.h_NI), len(W_RI), self.h_NI.dtype)
-        torch.mm(self.h_NI, W_RI.t(), out=z_NR)
-        if self.head.bias is not None:
-            z_NR += self.head.bias[place]
+        z_NR = self.buffer("logits", len(self.h_NI), W_RI.shape[0], self.h_NI.dtype)
+        bias = self.head.bias
+        write_product(self.h_NI, W_RI, None if bias is None else bias[place].to(z_NR.dtype), z_NR)
         before_N1 = self.most_N1.clone()
         block = _BLOCK if z_NR.is_cpu else max(1, len(z_NR))
         for start in range(0, len(z_NR), block):
             self.exponentials(z_NR[start:start + block], slice(start, start + block), place)
         if self.mixed_NI is not None:
-            self.mixed_NI.mul_((before_N1 - self.most_N1).exp_()).add_(z_NR @ W_RI)
+            self.mixed_NI.mul_((before_N1 - self.most_N1).exp_()).add_(add_transposed(z_NR, W_RI, None))
         if self.rows_I is not None:
-            self.rows_I += W_RI.sum(0, dtype=self.wide)
+            rows_RI = W_RI.packed.dense(z_NR.dtype) if isinstance(W_RI, Stripped) else W_RI
+            self.rows_I += rows_RI.sum(0, dtype=self.wide)
 
     def exponentials(self, z_BR: Tensor, tokens: slice, place: slice) -> None:
         """Put exp(z - m) in the place of some tokens' logits z, with m and the sums brought up to this strip."""

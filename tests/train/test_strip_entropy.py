@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw import LoraConfig
+from deltaw.core import native_low_rank, stretches
 from deltaw.core import packed as packing
-from deltaw.core import stretches
 from deltaw.core.tables import PackedHead, pack_table
 from deltaw.train.cross_entropy import OutputLayer, token_loss, token_losses
 from deltaw.train.terms import Terms
-from tests.device import DEVICE, randint, randn
+from tests.device import DEVICE, cpu_only, randint, randn
 from tests.laws.dense import fill
 
 V, I, N = 50, 8, 23  # noqa: E741
@@ -115,6 +115,30 @@ def test_each_stretch_of_tokens_unpacks_the_layer_once(monkeypatch: pytest.Monke
     h = randn(N, I).requires_grad_()
     token_loss(h, randint(0, V, (N,)), OutputLayer(head)).backward()
     assert seen == 3 * [13, 13, 13, 11]
+
+
+@cpu_only("kernels in C are a processor's")
+@pytest.mark.skipif(not native_low_rank.is_there(), reason="the kernel wants AVX512-BF16 without AMX")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_codes_are_read_by_the_kernel_of_products(bias: bool, terms: Terms, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, width = 160, 64
+    monkeypatch.setattr(packing, "STRIP", 20 * width)
+    monkeypatch.setattr(packing.Packed, "strips", None)  # nobody asks
+    assert [s.stop - s.start for s in packing.places_of_strips(words, width)] == [20] * 8
+    monkeypatch.setattr(packing, "STRIP", 50 * width)
+    assert [s.stop - s.start for s in packing.places_of_strips(words, width)] == [64, 64, 32]
+    torch.manual_seed(0)
+    weight = pack_table(torch.randn(words, width), (words, width), torch.device("cpu"))
+    own = nn.Linear(width, words, bias=bias).bfloat16().requires_grad_(False)
+    head = PackedHead(own, weight, torch.bfloat16)
+    W = weight.data.double() * (weight.absmax.double() / 127).unsqueeze(1)
+    h, targets = randn(N, width).bfloat16().requires_grad_(), randint(0, words, (N,))
+    wide = h.detach().double().requires_grad_()
+    each = dense(wide @ W.t() + (own.bias.double() if bias else 0), targets, terms)
+    loss = token_loss(h, targets, OutputLayer(head), terms)
+    assert loss.item() == pytest.approx(each.sum().item(), rel=TOLERANCE[torch.bfloat16])
+    assert near(torch.autograd.grad(loss, h)[0], torch.autograd.grad(each.sum(), wide)[0], torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["capped", "adapted", "adapted, off"])
