@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 _BLOCK = 64
 """Values whose squares are summed in float32; the rest of a sum is in float64."""
+_PART = 1 << 18
+"""Values of a long tensor that are taken at once: as float32 they stay in the cache."""
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -27,14 +29,24 @@ def gradient_norm(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
     if rows is not None:
         norms = [_norm(row.gradients) for row in rows]
     else:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norms = list(torch._foreach_norm(grads, 2, dtype=torch.float64)) if grads else [torch.zeros(())]
+        norms = _norms([p.grad for p in parameters if p.grad is not None]) or [torch.zeros(())]
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     return total.float()
 
 
+def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norms of these tensors, long ones in parts; for a number of those one call for all takes far longer."""
+    long = [g.is_cpu and g.numel() >= _PART for g in grads]
+    short = [g for g, is_long in zip(grads, long, strict=True) if not is_long]
+    norms = list(torch._foreach_norm(short, 2, dtype=torch.float64)) if short else []
+    for g, is_long in zip(grads, long, strict=True):
+        for part in torch.split(g.reshape(-1), _PART) if is_long else ():
+            norms.append(_norm(part.to(torch.promote_types(part.dtype, torch.float32))))
+    return norms
+
+
 def _norm(row: Tensor) -> Tensor:
-    """The 2-norm of a long row, in float64."""
+    """The 2-norm of a long row of float32, in float64."""
     whole = len(row) - len(row) % _BLOCK
     blocks = torch.linalg.vector_norm(row[:whole].view(-1, _BLOCK), dim=1).double()
     total: Tensor = torch.linalg.vector_norm(torch.cat([blocks, row[whole:].double()]))

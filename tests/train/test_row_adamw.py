@@ -144,6 +144,17 @@ def test_no_gradient_is_no_length() -> None:
     assert float(gradient_norm(adamw(own, learning_rate=0.1), list(own.values()))) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_long_gradients_are_measured_in_parts_and_as_exactly(dtype: torch.dtype) -> None:
+    shapes = [(3, 7), (1 << 18,), (513, 1025), (2, 1 << 18)]
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    for p in parameters:
+        p.grad = randn(*p.shape).to(dtype)
+    parameters[2].grad = randn(1025, 513).to(dtype).t()  # not end to end
+    exact = sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None) ** 0.5
+    assert float(gradient_norm(torch.optim.SGD(parameters), parameters)) == pytest.approx(exact, rel=1e-7)
+
+
 def test_gradients_that_were_replaced_after_their_norm_are_seen() -> None:
     """The step after a norm takes rows as they were found; a look at their ends shows others."""
     own = adapter()
