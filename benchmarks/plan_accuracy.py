@@ -7,8 +7,9 @@ Real runs: `deltaw.train` on a folder of random weights (or SmolLM2's own), with
 samples. Memory is the most the process ever had resident (VmHWM), libraries and loading included; beside it stands the
 error of what the run adds to an idle process, which is the harder figure. On a GPU (`--device cuda`) it is the most
 that torch's allocator reserved and the context beside it, an idle process being one with a context. The time of a step
-is the median of those after the first. Constants of the plan are set on the cases marked *; the others judge it. Times
-are worth something on a quiet machine only: `--times` measures it first, then prints both errors of 26 short runs.
+is the median of those after the first, that of an evaluation (the loss of up to 16 examples) the last one's. Constants
+of the plan are set on the cases marked *; the others judge it. Times are worth something on a quiet machine only:
+`--times` measures it first, then prints the errors of 26 short runs.
 """
 
 from __future__ import annotations
@@ -187,14 +188,17 @@ def child(options: dict[str, Any]) -> None:
     """Train, and print what it took."""
     import torch
 
+    from deltaw.train import run
     from deltaw.train.config import TrainConfig
-    from deltaw.train.run import train
 
-    train(TrainConfig.from_dict(options), quiet=True)
+    evaluations: list[Any] = []
+    evaluate = run.evaluate
+    run.evaluate = lambda *args, **kwargs: evaluations.append(evaluate(*args, **kwargs)) or evaluations[-1]
+    run.train(TrainConfig.from_dict(options), quiet=True)
     rows = [json.loads(line) for line in (Path(options["out"]) / "metrics.jsonl").read_text().splitlines()]
     context = context_of_gpu() if options["device"] == "cuda" else 0.0
     peak = torch.cuda.max_memory_reserved() + context if context else status("VmHWM")
-    print(json.dumps({"peak": peak, "context": context, "rows": rows}))
+    print(json.dumps({"peak": peak, "context": context, "rows": rows, "evaluation": evaluations[-1].seconds}))
 
 
 def context_of_gpu() -> float:
@@ -226,7 +230,7 @@ def planned(options: dict[str, Any], *, calibrates: bool) -> Any:
         model=options["model"], task=options["task"], lora=options["lora"], methods=(method,),
         quantize="nf4" if quantize == "none" else quantize,
         max_new_tokens=options["max_new_tokens"], virtual_tokens=baseline.prefix_tokens,
-        bottleneck=baseline.bottleneck,
+        bottleneck=baseline.bottleneck, eval_rows=options["eval_rows"],
         batch_size=options["batch_size"], max_length=options["max_length"], dtype=options["dtype"],
         device=options["device"],
         packing=options["packing"], gradient_checkpointing=options["gradient_checkpointing"],
@@ -242,7 +246,7 @@ def measured(options: dict[str, Any]) -> dict[str, float]:
         raise RuntimeError(done.stderr[-3000:])
     found = json.loads(done.stdout.strip().splitlines()[-1])
     ends = [row["seconds"] for row in found["rows"] if row["event"] == "step"]
-    return {"peak": found["peak"], "context": found["context"],
+    return {"peak": found["peak"], "context": found["context"], "evaluation": found["evaluation"],
             "seconds": statistics.median(b - a for a, b in pairwise(ends))}
 
 
@@ -264,7 +268,7 @@ def kept_idle(root: Path) -> float:
 
 
 UNITS = (("error", "memory", 0.07, 0.15), ("error_above_idle", "memory above an idle process", 0.15, 0.30),
-         ("error_seconds", "time of a step", 0.20, None))
+         ("error_seconds", "time of a step", 0.20, None), ("error_evaluation", "time of an evaluation", 0.20, None))
 """What is judged: its key, its name, and the goals of the median and of the worst error."""
 
 
@@ -281,6 +285,10 @@ def summary(rows: list[dict[str, Any]], units: Sequence[tuple[str, str, float, f
                     cases.append(Case(f"{unit}: {name} error of {len(errors)} runs ({whose})", "share", of(errors), 1.0,
                                       "measured", target))
     return cases
+
+
+def _error(planned: float | None, took: float) -> float | None:
+    return None if planned is None else planned / took - 1
 
 
 def main() -> int:
@@ -316,7 +324,7 @@ def main() -> int:
             if args.replan and not kept.is_file():
                 continue
             options = options_of(run, folder_of(run, root), root, args.device)
-            options |= {"max_steps": 5, "eval_rows": 1, "samples": 0} if args.times else {}
+            options |= {"max_steps": 5, "eval_rows": min(16, 2 * run.batch), "samples": 0} if args.times else {}
             if args.measure:
                 kept.write_text(json.dumps(measured(options)), encoding="utf-8")
                 continue
@@ -329,10 +337,13 @@ def main() -> int:
                 "planned": said.peak, "peak": real["peak"], "error": said.peak / real["peak"] - 1,
                 "error_above_idle": (said.peak - real["peak"]) / max(real["peak"] - rest, 1),
                 "seconds": real["seconds"], "planned_seconds": said.step_seconds,
-                "error_seconds": None if said.step_seconds is None else said.step_seconds / real["seconds"] - 1}
+                "error_seconds": _error(said.step_seconds, real["seconds"]),
+                "evaluation": real["evaluation"], "planned_evaluation": said.evaluation_seconds,
+                "error_evaluation": _error(said.evaluation_seconds, real["evaluation"])}
             rows.append(row)
-            timed = "" if said.step_seconds is None else (f"   {said.step_seconds:7.3f} s, {real['seconds']:7.3f} s: "
-                                                          f"{row['error_seconds']:+6.1%}")
+            timed = "" if said.step_seconds is None else (
+                f"   {said.step_seconds:7.3f} s, {real['seconds']:7.3f} s: {row['error_seconds']:+6.1%}; an evaluation "
+                f"{said.evaluation_seconds:7.3f} s, {real['evaluation']:7.3f} s: {row['error_evaluation']:+6.1%}")
             print(f"{run.name:42} planned {said.peak / MIB:6.0f} MiB, took {real['peak'] / MIB:6.0f}: "
                   f"{row['error']:+6.1%} ({row['error_above_idle']:+6.1%} above idle){timed}", flush=True)
         if args.measure:

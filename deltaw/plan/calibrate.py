@@ -53,6 +53,8 @@ class Rates:
     """Multiplications and additions a second of fused attention."""
     bytes: Mapping[int, float]
     """Bytes a second that an addition moves, by the number of its values."""
+    batched: float = 0.0
+    """Multiplications and additions a second of the products of heads' small matrices, strided as heads are."""
     start: float
     """Seconds that an operation takes at least, its part in the graph and the backward pass included."""
     drawn: float = 0.0
@@ -80,7 +82,7 @@ class Rates:
 
 def rates_file(dtype: torch.dtype, threads: int) -> Path:
     """Where the rates of this machine are kept."""
-    measured = "unpack in panels|adamw8bit|kernels and masks"
+    measured = "unpack in panels|adamw8bit|kernels, masks and heads"
     facts = f"{_processor()}|{os.cpu_count()}|{threads}|{torch.__version__}|{dtype}|{measured}"
     return home() / "plan" / f"rates-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / "rates.json"
 
@@ -118,8 +120,8 @@ def _round(dtype: torch.dtype) -> dict[str, Any]:
     with torch.no_grad():
         found = {"narrow_output": {n: _product(dtype, 1024, n, _WIDE) for n in NARROW},
                  "narrow_inner": {k: _product(dtype, 1024, _WIDE, k) for k in NARROW},
-                 "attention": _attention(dtype), "bytes": {n: _added(dtype, n) for n in SIZES},
-                 "unpack": _unpacked(dtype), "drawn": _drawn(dtype)}
+                 "attention": _attention(dtype), "batched": _batched(dtype),
+                 "bytes": {n: _added(dtype, n) for n in SIZES}, "unpack": _unpacked(dtype), "drawn": _drawn(dtype)}
         found |= kernel_rates(seconds, unpacking=_has_bitsandbytes()) if dtype == torch.bfloat16 else {}
     found["adamw8bit"] = {n: _updated(n) for n in STATES} if _has_bitsandbytes() else {}
     return found | {"start": _start()}
@@ -153,6 +155,13 @@ def _attention(dtype: torch.dtype) -> float:
     q = torch.randn(2, 8, 512, 64).to(dtype)
     took = seconds(lambda: causal_attention(q, q, q, 64**-0.5))
     return 4.0 * 2 * 8 * 64 * 512 * 512 / 2 / took
+
+
+def _batched(dtype: torch.dtype) -> float:
+    """Scores and what they make of the values, as a model computes them that has dropout inside attention."""
+    q, k, v = (torch.randn(8, 128, 12, 64).to(dtype).transpose(1, 2) for _ in range(3))
+    took = seconds(lambda: q @ k.transpose(-1, -2) @ v)
+    return 4.0 * 8 * 12 * 64 * 128 * 128 / took
 
 
 def _added(dtype: torch.dtype, values: int) -> float:

@@ -74,6 +74,10 @@ class PlanConfig:
     """Passes over the training data."""
     max_steps: int | None = None
     """Optimizer steps; overrides epochs."""
+    eval_rows: int | None = None
+    """Held-out examples of an evaluation, for the time of a whole run."""
+    evaluations: int = 7
+    """How often a run evaluates them: before, after and five times on the way."""
     max_new_tokens: int = 64
     """Longest answer, in tokens, that an evaluation generates."""
 
@@ -165,9 +169,9 @@ def _faults(config: PlanConfig) -> list[Fault]:
     check(isinstance(config.model, str) and config.model != "", "model", "a text that is not empty")
     check(isinstance(config.device, str) and config.device != "", "device", "a device's name")
     for name in ("num_labels", "virtual_tokens", "bottleneck", "batch_size", "max_length", "grad_accumulation",
-                 "adapters", "max_new_tokens"):
+                 "adapters", "evaluations", "max_new_tokens"):
         check(_whole(getattr(config, name)), name, "a whole number >= 1")
-    for name in ("rows", "max_steps", "threads", "resident"):
+    for name in ("rows", "eval_rows", "max_steps", "threads", "resident"):
         value = getattr(config, name)
         check(value is None or _whole(value), name, "a whole number >= 1, or nothing")
     for name in ("release_memory", "double_quant", "freeze_a"):

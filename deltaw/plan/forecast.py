@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from deltaw.plan import counts, memory
 from deltaw.plan.config import Method, PlanConfig
 from deltaw.plan.devices import Device
-from deltaw.plan.found import Network, Place
+from deltaw.plan.found import Network, Place, Work
 from deltaw.plan.memory import Memory, Phase, Sizes
 from deltaw.plan.shapes import Shapes
 from deltaw.plan.timing import (
     FAULTS,
     TRIMMED,
+    evaluation_work,
     optimizer_seconds,
     seconds_elsewhere,
     seconds_here,
@@ -69,6 +70,22 @@ class Setting:
         if base.quantized is None:
             return None
         return float(max(0, self.shapes.stored_bytes - base.stated_item * (base.values - base.matrices)))
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether there are rates to tell times by: those of a data sheet, or what was measured of this machine."""
+        return not self.device.here or self.rates is not None
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether steps run on kernels in C."""
+        return self.rates is not None and self.rates.has_kernels and not self.gpu
+
+    def seconds(self, work: Work) -> float:
+        """What this work takes."""
+        if self.rates is not None:
+            return seconds_here(work, self.rates, self.item) * (1.0 if self.gpu else _touching_again(self.config))
+        return seconds_elsewhere(work, self.device, _NAMES[self.dtype])
 
     @property
     def held(self) -> int:
@@ -201,24 +218,35 @@ class Forecast:
     def step_seconds(self) -> float | None:
         """Seconds of an optimizer step, an average one; None where this machine was not measured."""
         setting, config = self.setting, self.setting.config
-        if setting.device.here and setting.rates is None:
+        if not setting.is_timed:
             return None
-        kernels = setting.rates is not None and setting.rates.has_kernels and not setting.gpu
-        step = setting.walks.at(self.method, config.batch_size, config.max_length, kernels=kernels)
+        step = setting.walks.at(self.method, config.batch_size, config.max_length, kernels=setting.has_kernels)
         sizes = self.sizes(config.lora.r)
-        work = step_work(step.work, sizes, config, config.batch_size, config.max_length, kernels=kernels)
-        if setting.rates is not None:
-            pass_ = seconds_here(work, setting.rates, setting.item)
-            pass_ *= _touching_again(config) if not setting.gpu else 1.0
-        else:
-            pass_ = seconds_elsewhere(work, setting.device, _NAMES[setting.dtype])
-        pass_ *= (config.mean_tokens or config.tokens) / config.tokens
-        packed = memory.packed_bytes(sizes, config, self.method)
-        if packed is not None:
-            pass_ += unpacking_seconds(sizes, packed, config, setting.item, setting.device, setting.rates)
+        work = step_work(step.work, sizes, config, config.batch_size, config.max_length, kernels=setting.has_kernels)
+        share = (config.mean_tokens or config.tokens) / config.tokens
+        pass_ = setting.seconds(work) * share + self._unpacking(None)
         updates = config.updates or config.adapters
         update = optimizer_seconds(sizes, config, setting.device, setting.rates, tensors=self.tensors)
         return config.grad_accumulation * pass_ + updates * update
+
+    def evaluation_seconds(self) -> float | None:
+        """Seconds of the loss of all held-out examples, once; None where they, or this machine's rates, are unknown."""
+        setting, config = self.setting, self.setting.config
+        if not setting.is_timed or config.eval_rows is None:
+            return None
+        step = setting.walks.at(self.method, config.batch_size, config.max_length)
+        work = evaluation_work(step.forward_work, self.sizes(config.lora.r), config, config.batch_size,
+                               config.max_length, kernels=setting.has_kernels)
+        share = (config.mean_tokens or config.tokens) / config.tokens
+        return config.eval_rows / config.batch_size * (setting.seconds(work) * share + self._unpacking(1))
+
+    def _unpacking(self, times: int | None) -> float:
+        """Seconds of unpacking the base in a pass, where it is packed; `times` as `unpacking_seconds` has it."""
+        setting, config = self.setting, self.setting.config
+        sizes = self.sizes(config.lora.r)
+        packed = memory.packed_bytes(sizes, config, self.method)
+        return 0.0 if packed is None else unpacking_seconds(
+            sizes, packed, config, setting.item, setting.device, setting.rates, times=times)
 
     @property
     def tensors(self) -> int:

@@ -37,8 +37,10 @@ class MethodPlan:
     """A checkpoint to resume from."""
     step_seconds: float | None = None
     """An optimizer step of average length; None where this machine was not measured."""
+    evaluation_seconds: float | None = None
+    """The loss of the held-out examples, once, where their number is known."""
     total_seconds: float | None = None
-    """All steps of the run, where their number is known; evaluations, answers and checkpoints are not counted."""
+    """All steps of the run, where their number is known, and its evaluations; answers and checkpoints come on top."""
     fits: bool | None = None
     """Whether a run stays within the device's memory."""
     binds: str = ""
@@ -58,7 +60,8 @@ class MethodPlan:
         return {"method": self.method, "parameters": self.parameters, "sites": dict(self.sites),
                 "memory": {phase: m.to_dict() for phase, m in self.memory.items()}, "peak": self.peak,
                 "adapter_bytes": self.adapter_bytes, "checkpoint_bytes": self.checkpoint_bytes,
-                "step_seconds": self.step_seconds, "total_seconds": self.total_seconds, "fits": self.fits,
+                "step_seconds": self.step_seconds, "evaluation_seconds": self.evaluation_seconds,
+                "total_seconds": self.total_seconds, "fits": self.fits,
                 "binds": self.binds, "largest": dict(self.largest), "change": self.change}
 
 
@@ -156,12 +159,12 @@ def _method(forecast: Forecast, *, search: bool) -> MethodPlan:
     except BaseModelError:
         return counted
     phase, worst = forecast.worst()
-    step = forecast.step_seconds()
-    steps = config.steps
+    step, evaluation, steps = forecast.step_seconds(), forecast.evaluation_seconds(), config.steps
+    total = None if step is None or steps is None else step * steps + config.evaluations * (evaluation or 0.0)
     fits = worst.total <= setting.device.memory
     return MethodPlan(
         method=forecast.method, parameters=sizes.trained, sites=sites, memory=peaks, step_seconds=step,
-        total_seconds=None if step is None or steps is None else step * steps, fits=fits,
+        evaluation_seconds=evaluation, total_seconds=total, fits=fits,
         binds=f"{worst.largest} ({phase})", largest=largest(forecast) if search else {},
         change=cheapest_change(forecast) if search and not fits else "", **files)
 

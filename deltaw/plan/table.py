@@ -25,8 +25,10 @@ def rows(plan: Plan) -> list[list[str]]:
     table += [["adapter's file", *(size(m.adapter_bytes) for m in methods)],
               ["checkpoint", *(size(m.checkpoint_bytes) for m in methods)],
               ["time of a step", *(duration(m.step_seconds) for m in methods)]]
+    if any(m.evaluation_seconds is not None for m in methods):
+        table.append(["time of an evaluation", *(duration(m.evaluation_seconds) for m in methods)])
     if any(m.total_seconds is not None for m in methods):
-        table.append(["time of all steps", *(duration(m.total_seconds) for m in methods)])
+        table.append(["time of the run", *(duration(m.total_seconds) for m in methods)])
     table += [["fits", *(_fits(m) for m in methods)], ["most is taken by", *(m.binds or "-" for m in methods)]]
     if any(m.largest for m in methods):
         table += [[f"largest {name}", *(_largest(m, name) for m in methods)] for name in _LARGEST]
@@ -43,10 +45,11 @@ def lines(plan: Plan, method: str = "lora") -> list[str]:
     parts = m.memory["train"].parts
     main = ", ".join(f"{name} {size(parts[name])}" for name in sorted(parts, key=lambda n: -parts[n])[:3])
     timed = "" if m.step_seconds is None else f"; a step takes about {duration(m.step_seconds)}"
-    total = "" if m.total_seconds is None else f", all steps {duration(m.total_seconds)}"
+    read = "" if m.evaluation_seconds is None else f", an evaluation {duration(m.evaluation_seconds)}"
+    total = "" if m.total_seconds is None else f", the run {duration(m.total_seconds)}"
     return [f"plan: {m.parameters:,} trained values ({m.parameters / plan.parameters:.3%}), a file of "
             f"{size(m.adapter_bytes)}",
-            f"plan: {size(m.peak)} of memory at the peak ({main}){timed}{total}",
+            f"plan: {size(m.peak)} of memory at the peak ({main}){timed}{read}{total}",
             f"plan: {'fits' if m.fits else 'DOES NOT FIT'}, {size(plan.device.memory)} can be had on "
             f"{plan.device.name}"]
 

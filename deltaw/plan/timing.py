@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltaw.plan.config import PlanConfig
@@ -46,14 +47,30 @@ def step_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: 
     """A whole forward and backward pass: the network's body, the output layer and the loss."""
     if config.task != "causal-lm":
         return body
+    return body + _of_output_layer(sizes, config, batch, length, back=2 if sizes.trained_head else 1,
+                                   passes=_PASSES_OF_LOSS, kernels=kernels and not sizes.trained_head)
+
+
+def evaluation_work(body: Work, sizes: Sizes, config: PlanConfig, batch: int, length: int, *,
+                    kernels: bool = False) -> Work:
+    """A forward pass of an evaluation, which asks for the loss alone; kernels multiply with the output layer only."""
+    body = replace(body, drawn=0.0)  # there is no dropout
+    if config.task != "causal-lm":
+        return body
+    return body + _of_output_layer(sizes, config, batch, length, back=0, passes=_PASSES_OF_LOSS // 2, kernels=kernels)
+
+
+def _of_output_layer(sizes: Sizes, config: PlanConfig, batch: int, length: int, *, back: int, passes: int,
+                     kernels: bool) -> Work:
+    """The logits of all stretches and the loss of them, with so many products on the way back."""
     rows = config.supervised_tokens(batch, length)
     stretch, _ = stretch_at_once(sizes, config, batch, length)
-    head = Work()
-    own = head.frozen if kernels and not sizes.trained_head else head.products
+    head = Work(moved=float(passes * 4 * stretch * sizes.vocabulary), calls=10.0)
+    own = head.frozen if kernels else head.products
     own[1, stretch, sizes.vocabulary, sizes.width] = 1
-    own[1, stretch, sizes.width, sizes.vocabulary] = 2 if sizes.trained_head else 1
-    moved = Work(moved=float(_PASSES_OF_LOSS * 4 * rows * sizes.vocabulary), calls=10.0 * rows / stretch)
-    return body.plus(head, rows / stretch).plus(moved, 1.0)
+    if back:
+        own[1, stretch, sizes.width, sizes.vocabulary] = back
+    return Work().plus(head, rows / stretch)
 
 
 def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
@@ -62,6 +79,9 @@ def seconds_here(work: Work, rates: Rates, item: int = 4) -> float:
     total = work.attention / rates.attention + (work.drawn / rates.drawn if rates.drawn else 0.0)
     for (batch, rows, outputs, inner), times in work.products.items():
         flops = 2.0 * batch * rows * outputs * inner
+        if batch > 1 and rates.batched:
+            total += times * (flops / rates.batched + start)
+            continue
         operands = float(item * batch * (rows * inner + inner * outputs + rows * outputs))
         narrow = between(rates.narrow_inner, inner) if inner < min(rows, outputs) else \
             between(rates.narrow_output, min(rows, outputs))
@@ -92,9 +112,11 @@ def seconds_elsewhere(work: Work, device: Device, dtype: str) -> float:
 
 
 def unpacking_seconds(sizes: Sizes, packed: float, config: PlanConfig, item: int, device: Device,
-                      rates: Rates | None) -> float:
-    """Unpacking `packed` bytes: in the forward, in the backward, and where layers are computed again once more."""
-    times = 3 if config.gradient_checkpointing == "layer" else 2
+                      rates: Rates | None, *, times: int | None = None) -> float:
+    """Unpacking `packed` bytes so many times; by default in the forward, in the backward, and where layers are computed
+    again once more.
+    """
+    times = times or (3 if config.gradient_checkpointing == "layer" else 2)
     # The embedding unpacks single rows; the loss unpacks the output layer once for all tokens of a stretch.
     words = sizes.vocabulary * sizes.width if sizes.tables and config.task == "causal-lm" else 0
     tokens = config.supervised_tokens(config.batch_size, config.max_length)

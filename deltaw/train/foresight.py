@@ -76,11 +76,14 @@ def look_ahead_together(config: TrainConfig, base: Base, examples: Mapping[str, 
         read = sum(n * each.grad_accumulation * (each.mean_tokens or each.tokens)
                    for n, each in zip(steps, own, strict=True))
         rounds = max(math.ceil(read / max(tokens, 1)), *steps)
+        held_out = sum(each.evaluations * (each.eval_rows or 0) / each.batch_size * (each.mean_tokens or each.tokens)
+                       for each in own)
         alike = sum(trained) / max(trained)  # adapters of the largest one's size, as many as take the set's memory
         return replace(
             own[0], lora=config.lora, optimizer=config.optimizer, batch_size=batch, max_length=length,
             adapters=max(1, math.ceil(alike)), supervised=max(each.supervised for each in own), grad_accumulation=1,
             max_steps=rounds, mean_tokens=read / rounds, updates=alike * sum(steps) / len(steps) / rounds,
+            eval_rows=max(1, round(held_out / (read / rounds) * batch)), evaluations=1,
             max_new_tokens=max(each.max_new_tokens for each in own), freeze_a=all(each.freeze_a for each in own),
             release_memory=all(each.release_memory for each in own))
 
@@ -122,6 +125,8 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
     share = 1.0 if classifies or not stats.tokens else stats.supervised_tokens / stats.tokens
     labels = examples.train.label_names
     passes, held = examples.batches_per_epoch, Quantization.read(base.quantized)
+    mean, steps = min(mean_tokens(config, lengths, passes), math.prod(longest)), optimizer_steps(config, passes)
+    held_out = padded_tokens(np.sort(examples.valid.lengths[examples.valid_rows]), config.batch_size)
     return PlanConfig(
         model=str(base.folder or config.model), task=config.task, lora=config.lora,
         num_labels=len(labels) if labels else 2, methods=(planned_as(config, held),),
@@ -132,8 +137,8 @@ def plan_config(config: TrainConfig, base: Base, examples: Examples) -> PlanConf
         gradient_checkpointing=config.gradient_checkpointing, release_memory=config.release_memory,
         optimizer=config.optimizer, freeze_a=config.freeze_a,
         dtype=str(base.dtype).removeprefix("torch."), device=_device(config),
-        max_steps=optimizer_steps(config, passes), threads=config.threads,
-        mean_tokens=min(mean_tokens(config, lengths, passes), math.prod(longest)),
+        max_steps=steps, threads=config.threads, mean_tokens=mean,
+        eval_rows=max(1, round(held_out / mean * longest[0])), evaluations=evaluations(config, steps),
         max_new_tokens=config.max_new_tokens, bottleneck=config.baseline.bottleneck,
         virtual_tokens=max(1, config.baseline.prefix_tokens + config.baseline.infix_tokens),
         resident=_resident(base, held) if _device(config) == "cpu" else None)
@@ -151,9 +156,25 @@ def mean_tokens(config: TrainConfig, lengths: NDArray[np.int64], passes: int) ->
         return float(lengths.sum()) / passes
     batch = math.ceil(len(lengths) / passes)
     listed = np.sort(lengths) if config.group_by_length else lengths
-    starts = np.arange(0, len(listed), batch)
-    rows = np.diff(starts, append=len(listed))
-    return float((rows * np.maximum.reduceat(listed, starts)).mean())
+    return padded_tokens(listed, batch) / math.ceil(len(listed) / batch)
+
+
+def padded_tokens(lengths: NDArray[np.int64], batch: int) -> float:
+    """Tokens of examples of these lengths with the padding that there is, so many to a batch as they come."""
+    starts = np.arange(0, len(lengths), batch)
+    rows = np.diff(starts, append=len(lengths))
+    return float((rows * np.maximum.reduceat(lengths, starts)).sum())
+
+
+def evaluations(config: TrainConfig, steps: int) -> int:
+    """How often a run of so many steps evaluates: before, on its way, and after."""
+    every = evaluation_pace(config, steps)
+    return 2 + (steps // every if every else 0)
+
+
+def evaluation_pace(config: TrainConfig, steps: int) -> int:
+    """Steps between evaluations; 0 for none on the way."""
+    return math.ceil(steps / 5) if config.eval_every is None else config.eval_every
 
 
 def optimizer_steps(config: TrainConfig, batches_per_epoch: int) -> int:

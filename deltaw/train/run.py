@@ -11,7 +11,6 @@ cores between them (`threads`) and start with OMP_WAIT_POLICY=PASSIVE, or idle t
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 import time
@@ -35,7 +34,7 @@ from deltaw.train.decoding import device_of
 from deltaw.train.doctor import Doctor
 from deltaw.train.evaluation import EvalResult, answers, evaluate
 from deltaw.train.examples import Examples, load_examples
-from deltaw.train.foresight import check_weights, look_ahead, optimizer_steps
+from deltaw.train.foresight import check_weights, evaluation_pace, look_ahead, optimizer_steps
 from deltaw.train.loop import Run
 from deltaw.train.memory import count_peak_anew, peak_memory
 from deltaw.train.objective import objective_for
@@ -267,7 +266,7 @@ def pace_of(config: TrainConfig, batches_per_epoch: int) -> Pace:
     steps = optimizer_steps(config, batches_per_epoch)
     warmup = warmup_of(steps, ratio=config.warmup_ratio, steps=config.warmup_steps)
     factor = schedule(config.schedule, total=steps, warmup=warmup)
-    eval_every = math.ceil(steps / 5) if config.eval_every is None else config.eval_every
+    eval_every = evaluation_pace(config, steps)
     return Pace(steps=steps, rate=lambda step: config.learning_rate * factor(step), accumulate=config.grad_accumulation,
                 max_grad_norm=config.max_grad_norm, eval_every=eval_every, keep_best=config.keep_best,
                 save_every=eval_every if config.save_every is None else config.save_every, patience=config.early_stop,

@@ -75,6 +75,13 @@ def test_seconds_are_those_of_each_part() -> None:
     assert seconds_here(replace(work, drawn=0.0), KERNELS) == pytest.approx(frozen + narrow + 0.1, rel=1e-9)
 
 
+def test_products_of_heads_have_a_rate_of_their_own() -> None:
+    work = Work(products=Counter({(24, 128, 128, 64): 3}))
+    flops = 3 * 2 * 24 * 128 * 128 * 64
+    assert seconds_here(work, replace(KERNELS, batched=1e8)) == pytest.approx(flops / 1e8, rel=1e-6)
+    assert seconds_here(work, KERNELS) < flops / 1e8  # as one product, where that was not measured
+
+
 @pytest.mark.skipif(not native_low_rank.is_there(), reason="this machine has no kernels of products in bfloat16")
 def test_rates_of_this_machine() -> None:
     found = kernel_rates(lambda run: (run(), 1e-3)[1], unpacking=False)

@@ -23,7 +23,7 @@ from deltaw.plan.memory import STRIP, Sizes, base_weights, training
 from deltaw.plan.published import page
 from deltaw.plan.table import lines
 from deltaw.plan.tape import Work
-from deltaw.plan.timing import between, seconds_here, unpacking_seconds
+from deltaw.plan.timing import between, evaluation_work, seconds_here, unpacking_seconds
 
 SMALL = PlanConfig(model="smollm2-135m", device="rtx3060", batch_size=2, max_length=64, methods=("lora",))
 
@@ -222,6 +222,33 @@ def test_every_adapters_update_takes_time_and_a_lighter_batch_takes_less(small: 
     assert seconds(mean_tokens=64) - update == pytest.approx((one - update) / 2)
     total = plan(replace(SMALL, max_steps=7), search=False)["lora"].total_seconds
     assert total == pytest.approx(7 * one)
+
+
+def test_evaluations_take_a_forward_pass_of_what_is_held_out() -> None:
+    def found(**options: Any) -> Any:
+        return plan(replace(SMALL, max_steps=7, **options), search=False)["lora"]
+
+    none, some = found(), found(eval_rows=4 * SMALL.batch_size, evaluations=3)
+    assert none.evaluation_seconds is None
+    assert none.total_seconds == pytest.approx(7 * none.step_seconds)
+    assert some.step_seconds == none.step_seconds
+    assert some.total_seconds == pytest.approx(none.total_seconds + 3 * some.evaluation_seconds)
+    assert 0.15 < some.evaluation_seconds / 4 / none.step_seconds < 0.5  # a forward pass of a step's three
+    assert found(eval_rows=SMALL.batch_size).evaluation_seconds == pytest.approx(some.evaluation_seconds / 4)
+    half = found(eval_rows=4 * SMALL.batch_size, mean_tokens=SMALL.tokens / 2)
+    assert half.evaluation_seconds == pytest.approx(some.evaluation_seconds / 2)
+
+
+def test_an_evaluation_unpacks_a_base_once_for_each_batch_and_draws_nothing() -> None:
+    here = Rates(narrow_output={1: 1e12}, narrow_inner={1: 1e12}, attention=1e12, bytes={1: 1e12}, start=0.0,
+                 unpack=1e3, drawn=1e3)
+    packed = unpacking_seconds(SIZES, 1e6, SMALL, 4, DEVICES["h100"], here, times=1)
+    assert packed == pytest.approx((20 << 20) / 1e3)
+    work = evaluation_work(Work(drawn=1e6, attention=1e6), SIZES, SMALL, 2, 64)
+    assert (work.drawn, work.attention) == (0.0, 1e6)
+    assert work.products == {(1, 128, 1000, 64): 1}
+    assert evaluation_work(Work(), SIZES, SMALL, 2, 64, kernels=True).frozen == work.products
+    assert evaluation_work(Work(), SIZES, replace(SMALL, task="seq-cls"), 2, 64) == Work()
 
 
 def test_only_a_low_rank_change_is_merged() -> None:

@@ -20,6 +20,7 @@ from deltaw.train.config import TrainConfig
 from deltaw.train.foresight import (
     MARGIN,
     check_weights,
+    evaluations,
     heaviest,
     look_ahead,
     look_ahead_together,
@@ -34,7 +35,8 @@ def run(tiny_llama: Any, tmp_path: Any) -> tuple[TrainConfig, Any, Any]:
     config = TrainConfig(model=str(tmp_path), data="x", out="y", device="cpu", dtype="fp32", batch_size=4)
     train = SimpleNamespace(lengths=np.array([10, 900, 1000, 20, 1100]), label_names=None,
                             stats=SimpleNamespace(tokens=3030, supervised_tokens=1515))
-    examples = SimpleNamespace(train=train, train_rows=np.arange(5), config=config, batches_per_epoch=2)
+    examples = SimpleNamespace(train=train, train_rows=np.arange(5), config=config, batches_per_epoch=2,
+                               valid=SimpleNamespace(lengths=np.array([9, 300, 40, 50, 60, 70])), valid_rows=range(5))
     return config, SimpleNamespace(folder=tmp_path, dtype=torch.float32, quantized=None), examples
 
 
@@ -117,6 +119,19 @@ def test_time_is_that_of_average_batches_and_of_all_steps(run: Any, monkeypatch:
     assert found.mean_tokens == 3030 / 2
     assert found.steps == 2 == optimizer_steps(config, 2)
     assert optimizer_steps(replace(config, epochs=3), 2) == 6
+
+
+def test_evaluations_read_the_held_out_rows_as_often_as_the_run_does(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, base, examples = run
+    found = asked_of(monkeypatch, lambda: look_ahead(config, base, examples))
+    read = 4 * 60 + 300  # 9, 40, 50 and 60 together, 300 alone
+    assert found.eval_rows == round(read / found.mean_tokens * found.batch_size)
+    assert found.evaluations == evaluations(config, 2) == 4  # before, after each step, after
+    assert [evaluations(replace(config, eval_every=every), 20) for every in (None, 0, 1, 6)] == [7, 2, 22, 5]
+    jobs = {"one": examples, "two": SimpleNamespace(**{**vars(examples), "config": replace(config, max_steps=4)})}
+    both = asked_of(monkeypatch, lambda: look_ahead_together(config, base, jobs, trained=[200, 200], tokens=512))
+    asked = (4 + 6) * found.eval_rows / found.batch_size * found.mean_tokens
+    assert both.evaluations * both.eval_rows / both.batch_size * both.mean_tokens == pytest.approx(asked, rel=0.2)
     assert optimizer_steps(replace(config, epochs=0.1, grad_accumulation=2), 2) == 1
     padded, lengths = replace(config, packing="off", group_by_length=False), examples.train.lengths
     assert mean_tokens(padded, lengths, 2) == (3 * 1000 + 2 * 1100) / 2
