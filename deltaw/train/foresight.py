@@ -78,12 +78,13 @@ def look_ahead_together(config: TrainConfig, base: Base, examples: Mapping[str, 
         rounds = max(math.ceil(read / max(tokens, 1)), *steps)
         held_out = sum(each.evaluations * (each.eval_rows or 0) / each.batch_size * (each.mean_tokens or each.tokens)
                        for each in own)
+        often = max(each.evaluations for each in own)
         alike = sum(trained) / max(trained)  # adapters of the largest one's size, as many as take the set's memory
         return replace(
             own[0], lora=config.lora, optimizer=config.optimizer, batch_size=batch, max_length=length,
             adapters=max(1, math.ceil(alike)), supervised=max(each.supervised for each in own), grad_accumulation=1,
             max_steps=rounds, mean_tokens=read / rounds, updates=alike * sum(steps) / len(steps) / rounds,
-            eval_rows=max(1, round(held_out / (read / rounds) * batch)), evaluations=1,
+            eval_rows=max(1, round(held_out / often / (read / rounds) * batch)), evaluations=often,
             max_new_tokens=max(each.max_new_tokens for each in own), freeze_a=all(each.freeze_a for each in own),
             release_memory=all(each.release_memory for each in own))
 
