@@ -18,7 +18,7 @@ import sys, torch
 from deltaw.train.memory import give_back, memory_in_use, release_at_once
 done = sys.argv[1] == "at once" and release_at_once()
 torch.ones(1 << 22)  # 16 MB, freed: from now on glibc keeps what is smaller in its heap
-tensors = [torch.ones(1 << 20) for _ in range(40)]
+tensors = [torch.ones(1 << 16) for _ in range(640)]  # 256 kB each
 before = memory_in_use()
 del tensors[::2]
 if sys.argv[1] == "between steps":
