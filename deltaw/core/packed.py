@@ -28,13 +28,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deltaw.core import unpacking_gpu
+from deltaw.core.stretches import rows_of_a_strip
 
-STRIP = 1 << 22
-"""Most numbers in a strip: 16 MB in float32."""
-GPU_STRIP = 1 << 25
-"""The same of a table in 8 bits on a GPU, where each strip is a few launches."""
-VECTOR = 32
-"""Rows of a strip are a multiple of this."""
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -173,18 +168,6 @@ def places_of_strips(count: int, columns: int, *, on_gpu: bool = False) -> Itera
     """Which rows of a weight (count, columns) are each strip."""
     size = rows_of_a_strip(count, columns, on_gpu=on_gpu)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def rows_of_a_strip(count: int, columns: int, *, on_gpu: bool = False) -> int:
-    """Rows in each strip but the last of a weight (count, columns): strips of about the same size.
-
-    They are whole vectors, as kernels take them.
-
-    >>> rows_of_a_strip(151_936, 896)
-    4608
-    """
-    size = math.ceil(count / math.ceil(count * columns / (GPU_STRIP if on_gpu else STRIP)))
-    return size if size < VECTOR else -(-size // VECTOR) * VECTOR
 
 
 def packed_weight(host: nn.Module) -> Packed | None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from deltaw.core import native_low_rank
 from deltaw.core.frozen import Stripped, frozen_linear
 from deltaw.core.native_weight import FrozenLayer
-from deltaw.core.packed import STRIP, Int8Rows, Packed, Workspace, packed_tensor, places_of_strips
+from deltaw.core.packed import Int8Rows, Packed, Workspace, packed_tensor, places_of_strips
+from deltaw.core.stretches import STRIP
 
 _WORKSPACE = Workspace()
 """Where output layers are unpacked: one for the process, since a model has one of them."""

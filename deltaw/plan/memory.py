@@ -10,24 +10,17 @@ and goes, set on measured runs (`benchmarks/plan_accuracy.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from deltaw.core.stretches import stretch_of
+from deltaw.core.stretches import GPU_STRIP, STRIP, rows_of_a_strip, stretch_of
 from deltaw.plan.config import Method, PlanConfig
 
 Phase = Literal["train", "evaluate", "save", "merge", "load"]
 PHASES: tuple[Phase, ...] = ("train", "evaluate", "save", "merge", "load")
 PARTS = ("framework", "weights", "adapters", "gradients", "optimizer", "activations", "logits", "allocator")
 
-STRIP = 1 << 22
-"""Values of a packed weight that a CPU unpacks at once; as in `deltaw.core.packed`, which imports torch."""
-GPU_STRIP = 1 << 25
-"""The same of a table in 8 bits on a GPU."""
-VECTOR = 32
-"""Rows of a strip are a multiple of this."""
 FRAMEWORK_CPU = 450 << 20
 """Resident before a weight is: libraries, tokenizer, data, and what torch imports and prepares in its first step."""
 FRAMEWORK_MERGE = 400 << 20
@@ -154,8 +147,7 @@ def stretch(sizes: Sizes, config: PlanConfig, batch: int, length: int, *, gpu: b
     """Tokens whose logits exist at once, and for how much of the vocabulary: of packed tables for a strip."""
     words = sizes.vocabulary
     if sizes.tables:
-        words = math.ceil(words / math.ceil(words * sizes.width / (GPU_STRIP if gpu else STRIP)))
-        words = words if words < VECTOR else math.ceil(words / VECTOR) * VECTOR
+        words = rows_of_a_strip(words, sizes.width, on_gpu=gpu)
     return stretch_of(config.supervised_tokens(batch, length), words), words
 
 

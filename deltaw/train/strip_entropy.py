@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.frozen import Stripped, add_transposed, write_product
-from deltaw.core.packed import rows_of_a_strip
-from deltaw.core.stretches import stretch_of
+from deltaw.core.stretches import rows_of_a_strip, stretch_of
 from deltaw.core.tables import PackedHead, head_strips
 from deltaw.train.terms import Terms
 

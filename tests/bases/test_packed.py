@@ -9,7 +9,6 @@ import torch
 
 from deltaw.bases import packing
 from deltaw.bases.packed import SCALES, WEIGHT, Packing, from_parts, pack
-from deltaw.core import packed as core
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def test_4_bit_values_and_codes_are_those_of_bitsandbytes(
         kind: str, double: bool, block: int, storage: torch.dtype, shape: tuple[int, int],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "STRIP", 1024)
+    monkeypatch.setattr("deltaw.core.stretches.STRIP", 1024)
     values = torch.randn(shape)
     for dtype in DTYPES:
         made = pack(values, Packing(kind=kind, shape=shape, dtype=dtype, block=block,  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core import packed as packing
+from deltaw.core import stretches
 from deltaw.core.frozen import Projection, Stripped, frozen_linear, reference
 from deltaw.core.kernels import low_rank_linear
 from deltaw.core.packed import Packed, Workspace, numbers_in, packed_tensor, packed_weight
@@ -51,7 +52,7 @@ def test_strips_have_the_bits_of_bitsandbytes(kind: str, dtype: torch.dtype, sha
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     if math.prod(shape) % 2 and kind != "int8":
         pytest.skip("bitsandbytes packs two numbers in a byte")
-    monkeypatch.setattr(packing, "STRIP", 256)
+    monkeypatch.setattr(stretches, "STRIP", 256)
     for nested in (True, False):
         W = packed(kind, *shape, nested=nested, dtype=dtype)
         workspace, expected = Workspace(), theirs(W, dtype)
@@ -69,7 +70,7 @@ def test_strips_have_the_bits_of_bitsandbytes(kind: str, dtype: torch.dtype, sha
 
 @cpu_only("elsewhere a layer is one strip")
 def test_one_memory_serves_all_strips_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "STRIP", 512)
+    monkeypatch.setattr(stretches, "STRIP", 512)
     workspace, W = Workspace(), packed("nf4")
     places = {strip.data_ptr() for _ in range(3) for _, strip in W.strips(torch.float32, workspace)}
     assert len(places) == 1
@@ -93,7 +94,7 @@ def test_without_the_native_kernel_bitsandbytes_unpacks(kind: str, monkeypatch: 
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_and_gradients_are_those_of_dense_float64(kind: str, bias: bool,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "STRIP", 512)
+    monkeypatch.setattr(stretches, "STRIP", 512)
     workspace = Workspace()
     weights = [packed(kind, 24), packed(kind, 40)]
     parts = [Projection(Stripped(W, workspace), randn(W.shape[0]) if bias else None,

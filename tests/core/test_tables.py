@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core import packed as packing
-from deltaw.core import tables
+from deltaw.core import stretches, tables
 from deltaw.core.tables import PackedEmbedding, PackedHead, pack_rows, pack_table
 from tests.device import DEVICE, randint, randn
 
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of at most 16 rows: four of them."""
     for name in ("STRIP", "GPU_STRIP"):
-        monkeypatch.setattr(packing, name, 16 * I)
+        monkeypatch.setattr(stretches, name, 16 * I)
     monkeypatch.setattr(tables, "STRIP", 4 * 16 * I)
 
 

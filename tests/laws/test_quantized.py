@@ -161,7 +161,7 @@ def dense_twin(model: nn.Sequential, board: Any) -> nn.Sequential:
 @pytest.mark.parametrize("kind", UNPACKED)
 def test_gradients_are_those_of_the_dense_network(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "small strips":
-        monkeypatch.setattr("deltaw.core.packed.STRIP", 512)
+        monkeypatch.setattr("deltaw.core.stretches.STRIP", 512)
     model = quantized(kind, torch.float32).train()
     board = deltaw.attach(model, LoraConfig(r=4, target_modules=["0"]), "a", seed=0)
     fill(board, "a", seed=3)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.core import LoraConfig, packed
+from deltaw.core import LoraConfig, stretches
 from deltaw.errors import BaseModelError, ConfigError
 from deltaw.plan import Plan, PlanConfig, plan
 from deltaw.plan.calibrate import Rates, calibrate, known_rates
@@ -170,7 +170,7 @@ SIZES = Sizes(weights=100 << 20, matrices=20 << 20, largest=8 << 20, largest_ten
 
 def test_a_processor_unpacks_strips_and_a_gpu_whole_layers() -> None:
     config = replace(SMALL, quantize="nf4")
-    assert STRIP == packed.STRIP
+    assert STRIP == stretches.STRIP
     assert base_weights(SIZES, config, "qlora", 4, gpu=False)[1] == 4 * STRIP
     base, buffer = base_weights(SIZES, config, "qlora", 2, gpu=True)
     assert buffer == 2 * (8 << 20)

@@ -12,8 +12,9 @@ import torch
 
 import deltaw
 from deltaw.bases import load_base
-from deltaw.core import packed as packing
-from deltaw.core.packed import Int8Rows, rows_of_a_strip
+from deltaw.core import stretches
+from deltaw.core.packed import Int8Rows
+from deltaw.core.stretches import rows_of_a_strip
 from deltaw.errors import ConfigError
 from deltaw.plan import memory
 from deltaw.plan.config import PlanConfig
@@ -125,12 +126,12 @@ def test_a_plan_knows_the_bytes_of_the_tables(tmp_path: Path, tied: bool, dtype:
 
 
 def test_plans_cut_strips_as_they_are_cut() -> None:
-    assert (memory.STRIP, memory.GPU_STRIP) == (packing.STRIP, packing.GPU_STRIP)
+    assert (memory.STRIP, memory.GPU_STRIP) == (stretches.STRIP, stretches.GPU_STRIP)
     sizes = memory.Sizes(weights=0, matrices=0, largest=0, largest_tensor=0, vocabulary=152_000, width=896, trained=0,
                          trained_width=4, inside=False, tables=152_000 * 896, table_rows=152_000)
     for gpu in (False, True):
         words = memory.stretch(sizes, PlanConfig(model="m"), 1, 512, gpu=gpu)[1]
-        assert words == rows_of_a_strip(152_000, 896, on_gpu=gpu)
+        assert words == rows_of_a_strip(152_000, 896, on_gpu=gpu) == (30_400 if gpu else 4_608)
 
 
 def test_tables_alone_are_refused_by_every_config() -> None:

@@ -29,7 +29,7 @@ float32 scales, so float64 hidden states do not make it more exact."""
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four strips of 13 words, the last of 11; stretches of eight tokens, the last of seven."""
     for name in ("STRIP", "GPU_STRIP"):
-        monkeypatch.setattr(packing, name, 16 * I)
+        monkeypatch.setattr(stretches, name, 16 * I)
     monkeypatch.setattr(stretches, "STRETCH_VALUES", 8 * 13)
 
 
@@ -123,10 +123,10 @@ def test_each_stretch_of_tokens_unpacks_the_layer_once(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_codes_are_read_by_the_kernel_of_products(bias: bool, terms: Terms, monkeypatch: pytest.MonkeyPatch) -> None:
     words, width = 160, 64
-    monkeypatch.setattr(packing, "STRIP", 20 * width)
+    monkeypatch.setattr(stretches, "STRIP", 20 * width)
     monkeypatch.setattr(packing.Packed, "strips", None)  # nobody asks
     assert [s.stop - s.start for s in packing.places_of_strips(words, width)] == [20] * 8
-    monkeypatch.setattr(packing, "STRIP", 50 * width)
+    monkeypatch.setattr(stretches, "STRIP", 50 * width)
     assert [s.stop - s.start for s in packing.places_of_strips(words, width)] == [64, 64, 32]
     torch.manual_seed(0)
     weight = pack_table(torch.randn(words, width), (words, width), torch.device("cpu"))
