@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from deltaw.bases.packed_attention import causal_attention
-from deltaw.bases.packing import pack_4bit
 from deltaw.core.home import home
-from deltaw.core.packed import Packed, Workspace
-from deltaw.plan.calibrate_kernels import kernel_rates
+from deltaw.core.packed import Workspace
+from deltaw.plan.calibrate_kernels import as_nf4, kernel_rates
 from deltaw.store.atomic import replace_folder
 
 NARROW = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -121,8 +120,10 @@ def _round(dtype: torch.dtype) -> dict[str, Any]:
         found = {"narrow_output": {n: _product(dtype, 1024, n, _WIDE) for n in NARROW},
                  "narrow_inner": {k: _product(dtype, 1024, _WIDE, k) for k in NARROW},
                  "attention": _attention(dtype), "batched": _batched(dtype),
-                 "bytes": {n: _added(dtype, n) for n in SIZES}, "unpack": _unpacked(dtype), "drawn": _drawn(dtype)}
+                 "bytes": {n: _added(dtype, n) for n in SIZES}, "drawn": _drawn(dtype)}
         found |= kernel_rates(seconds, unpacking=_has_bitsandbytes()) if dtype == torch.bfloat16 else {}
+        if "unpack" not in found:
+            found["unpack"] = _unpacked(dtype)
     found["adamw8bit"] = {n: _updated(n) for n in STATES} if _has_bitsandbytes() else {}
     return found | {"start": _start()}
 
@@ -187,15 +188,14 @@ def _updated(values: int) -> float:
 def _unpacked(dtype: torch.dtype) -> float:
     if not _has_bitsandbytes():
         return 0.0
-    shape = (1024, 4096)
-    codes, state = pack_4bit(torch.randn(shape), "nf4", double_quant=True)
-    packed, workspace = Packed("nf4", codes, shape, state.absmax, state), Workspace()
+    W = torch.randn(1024, 4096)
+    packed, workspace = as_nf4(W), Workspace()
 
     def unpack() -> None:
         for _ in packed.strips(dtype, workspace):
             pass
 
-    return shape[0] * shape[1] / seconds(unpack)
+    return W.numel() / seconds(unpack)
 
 
 def _start() -> float:

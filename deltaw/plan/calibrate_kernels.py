@@ -43,10 +43,14 @@ def kernel_rates(seconds: Callable[[Callable[[], object]], float], *, unpacking:
              "passes": _passes(seconds)}
     if unpacking:
         x, W = torch.randn(_FEW, _WIDE).bfloat16(), torch.randn(4 * _WIDE, _WIDE)
-        codes, state = pack_4bit(W, "nf4", double_quant=True)
-        packed = Packed("nf4", codes, (4 * _WIDE, _WIDE), state.absmax, state)
-        found["unpack"] = W.numel() / _seconds_more(_product(x, packed), _product(x, W.bfloat16()))
+        found["unpack"] = W.numel() / _seconds_more(_product(x, as_nf4(W)), _product(x, W.bfloat16()))
     return found
+
+
+def as_nf4(W_OI: Tensor) -> Packed:
+    """These numbers as a base packs them."""
+    codes, state = pack_4bit(W_OI, "nf4", double_quant=True)
+    return Packed("nf4", codes, (W_OI.shape[0], W_OI.shape[1]), state.absmax, state)
 
 
 def _seconds_more(longer: Callable[[], object], shorter: Callable[[], object]) -> float:
