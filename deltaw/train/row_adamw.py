@@ -36,13 +36,14 @@ def gradient_norm(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
 
 def _norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """The 2-norms of these tensors, long ones in parts; for a number of those one call for all takes far longer."""
-    long = [g.is_cpu and g.numel() >= _PART for g in grads]
-    short = [g for g, is_long in zip(grads, long, strict=True) if not is_long]
+    short = [g for g in grads if not _is_long(g)]
     norms = list(torch._foreach_norm(short, 2, dtype=torch.float64)) if short else []
-    for g, is_long in zip(grads, long, strict=True):
-        for part in torch.split(g.reshape(-1), _PART) if is_long else ():
-            norms.append(_norm(part.to(torch.promote_types(part.dtype, torch.float32))))
-    return norms
+    return norms + [_norm(part.to(torch.promote_types(part.dtype, torch.float32)))
+                    for g in grads if _is_long(g) for part in torch.split(g.reshape(-1), _PART)]
+
+
+def _is_long(g: Tensor) -> bool:
+    return g.is_cpu and g.numel() >= _PART
 
 
 def _norm(row: Tensor) -> Tensor:

@@ -119,6 +119,10 @@ def test_time_is_that_of_average_batches_and_of_all_steps(run: Any, monkeypatch:
     assert found.mean_tokens == 3030 / 2
     assert found.steps == 2 == optimizer_steps(config, 2)
     assert optimizer_steps(replace(config, epochs=3), 2) == 6
+    assert optimizer_steps(replace(config, epochs=0.1, grad_accumulation=2), 2) == 1
+    padded, lengths = replace(config, packing="off", group_by_length=False), examples.train.lengths
+    assert mean_tokens(padded, lengths, 2) == (3 * 1000 + 2 * 1100) / 2
+    assert mean_tokens(replace(padded, group_by_length=True), lengths, 2) == (3 * 900 + 2 * 1100) / 2
 
 
 def test_evaluations_read_the_held_out_rows_as_often_as_the_run_does(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +136,6 @@ def test_evaluations_read_the_held_out_rows_as_often_as_the_run_does(run: Any, m
     both = asked_of(monkeypatch, lambda: look_ahead_together(config, base, jobs, trained=[200, 200], tokens=512))
     asked = (4 + 6) * found.eval_rows / found.batch_size * found.mean_tokens
     assert both.evaluations * both.eval_rows / both.batch_size * both.mean_tokens == pytest.approx(asked, rel=0.2)
-    assert optimizer_steps(replace(config, epochs=0.1, grad_accumulation=2), 2) == 1
-    padded, lengths = replace(config, packing="off", group_by_length=False), examples.train.lengths
-    assert mean_tokens(padded, lengths, 2) == (3 * 1000 + 2 * 1100) / 2
-    assert mean_tokens(replace(padded, group_by_length=True), lengths, 2) == (3 * 900 + 2 * 1100) / 2
 
 
 def test_a_set_is_asked_by_each_jobs_own_batches_and_steps(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

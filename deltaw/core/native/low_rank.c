@@ -4,9 +4,8 @@
        dh = [s·gi Bi]            dx = Σ gi Wi + dh [A1; A2; …]     dA = dhT x     dBi = giT hi
 
    A and B are float32 or bfloat16 where they lie, their gradients float32 where they will lie; b is bfloat16, and so
-   is W, or it is in codes.
-   Sums are float32; h and dh are rounded to bfloat16, and y and dx once. Each number is summed in an order of its
-   segment alone: neither its neighbours nor the number of threads change a bit of it. */
+   is W, or it is in codes. Sums are float32; h and dh are rounded to bfloat16, and y and dx once. Each number is summed
+   in an order of its segment alone: neither its neighbours nor the number of threads change a bit of it. */
 
 #include "tile.h"
 #include "layout.h"
